@@ -1,0 +1,162 @@
+"""Device functions that `draft_step` and `verify` share: counter-based noise and the γ decision.
+
+Their twins are `reference.gumbel` and `reference.decide`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import layout as at
+
+
+@triton.jit
+def _uniform(words):
+    """uint32 words as fp32 uniforms in (0, 1)."""
+    u = (words.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2**-32
+    return tl.minimum(u, 0.9999999403953552)  # 1 - 2**-24
+
+
+@triton.jit
+def _gumbel_of(words):
+    u = _uniform(words)
+    series = u * (1.0 + u * (0.5 + u * (1.0 / 3.0)))
+    return -tl.log(tl.where(u < 0.0078125, series, -tl.log(1.0 - u)))
+
+
+@triton.jit
+def _gumbel_run(seed, request, index, purpose, o_first, BLOCK: tl.constexpr):
+    """Noise of ``BLOCK`` consecutive token ids from ``o_first``, a multiple of 4: one Philox per 4."""
+    o_quad = (o_first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+    zero = o_quad * 0
+    w0, w1, w2, w3 = tl.philox(
+        seed,
+        o_quad,
+        zero + index.to(tl.uint32),
+        zero + request.to(tl.uint32),
+        zero + purpose.to(tl.uint32),
+    )
+    return _gumbel_of(tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3)))
+
+
+@triton.jit
+def _gumbel_at(seed, request, index, purpose, b_token):
+    """Noise of arbitrary token ids: one Philox each."""
+    quad = (b_token // 4).to(tl.uint32)
+    zero = quad * 0
+    w0, w1, w2, w3 = tl.philox(
+        seed,
+        quad,
+        zero + index.to(tl.uint32),
+        zero + request.to(tl.uint32),
+        zero + purpose.to(tl.uint32),
+    )
+    lane = b_token % 4
+    return _gumbel_of(
+        tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+    )
+
+
+@triton.jit
+def _best_gamma(
+    policy_ptr,
+    length,
+    drafted,
+    mean_entropy,
+    max_entropy,
+    mean_confidence,
+    min_confidence,
+    last_entropy,
+    last_confidence,
+    last_margin,
+    acceptance,
+):
+    """The candidate γ of the highest value, lowest among equals (`reference.best_gamma`)."""
+    o = tl.arange(0, 16)
+    compression = tl.load(policy_ptr + at.COMPRESSION).to(tl.int32)
+    f = tl.where(o == at.MEAN_ENTROPY, mean_entropy, 0.0)
+    f = tl.where(o == at.MAX_ENTROPY, max_entropy, f)
+    f = tl.where(o == at.MEAN_CONFIDENCE, mean_confidence, f)
+    f = tl.where(o == at.MIN_CONFIDENCE, min_confidence, f)
+    f = tl.where(o == at.LAST_ENTROPY, last_entropy, f)
+    f = tl.where(o == at.LAST_CONFIDENCE, last_confidence, f)
+    f = tl.where(o == at.LAST_MARGIN, last_margin, f)
+    f = tl.where(o == at.FEATURE_DRAFTED, drafted.to(tl.float32), f)
+    f = tl.where(o == at.FEATURE_COMPRESSION + compression, 1.0, f)
+    f = tl.where(o == at.FEATURE_ACCEPTANCE, acceptance, f)
+    scale = tl.load(policy_ptr + at.FEATURE_SCALE + o)
+    f = (f - tl.load(policy_ptr + at.FEATURE_MEAN + o)) * scale
+
+    o_row = o[:, None] * 16
+    weight = tl.load(policy_ptr + at.HIDDEN_WEIGHT + o_row + o[None, :])  # [HIDDEN, FEATURES]
+    hidden = tl.sum(weight * f[None, :], 1) + tl.load(policy_ptr + at.HIDDEN_BIAS + o)
+    gamma = o.to(tl.float32)
+    if tl.load(policy_ptr + at.MLP_LAYOUT) == at.LAYOUT_PAPER:
+        of_gamma = tl.load(policy_ptr + at.HIDDEN_WEIGHT + o * 16 + at.FEATURE_GAMMA)
+        step = gamma * tl.load(policy_ptr + at.FEATURE_SCALE + at.FEATURE_GAMMA)
+        by_gamma = hidden[None, :] + step[:, None] * of_gamma[None, :]  # [γ, HIDDEN]
+        of_rate = tl.load(policy_ptr + at.OUTPUT_WEIGHT + o)
+        rate = tl.sum(tl.maximum(by_gamma, 0.0) * of_rate[None, :], 1)
+        rate += tl.load(policy_ptr + at.OUTPUT_BIAS)
+        tokens = tl.minimum(tl.maximum(rate, 0.0), 1.0) * gamma + 1.0
+    else:
+        out = tl.load(policy_ptr + at.OUTPUT_WEIGHT + o_row + o[None, :])  # [k - 1, HIDDEN]
+        logit = tl.sum(out * tl.maximum(hidden, 0.0)[None, :], 1)
+        logit += tl.load(policy_ptr + at.OUTPUT_BIAS + o)
+        survival = 1.0 / (1.0 + tl.exp(-logit))
+        tokens = 1.0 + tl.sum(tl.where(o[None, :] < o[:, None], survival[None, :], 0.0), 1)
+    value = tokens
+    if tl.load(policy_ptr + at.OBJECTIVE) == at.OBJECTIVE_RATE:
+        cost = tl.load(policy_ptr + at.COST + o)
+        cost += tl.load(policy_ptr + at.COST_PER_TOKEN + o) * length.to(tl.float32)
+        value = tokens - tl.load(policy_ptr + at.RATE) * cost
+    allowed = (tl.load(policy_ptr + at.CANDIDATES).to(tl.int32) >> o) & 1
+    value = tl.where(allowed == 1, value, float("-inf"))
+    return tl.min(tl.where(value == tl.max(value, 0), o, 16), 0)
+
+
+@triton.jit
+def _decide(
+    policy_ptr,
+    length,
+    limit,
+    drafted,
+    plain_run,
+    mean_entropy,
+    max_entropy,
+    mean_confidence,
+    min_confidence,
+    last_entropy,
+    last_confidence,
+    last_margin,
+    acceptance,
+):
+    """1 if drafting stops now, else 0 (`reference.decide`)."""
+    mode = tl.load(policy_ptr + at.MODE).to(tl.int32)
+    threshold = tl.load(policy_ptr + at.THRESHOLD)
+    cap = tl.minimum(tl.load(policy_ptr + at.GAMMA_CAP).to(tl.int32), limit - length - 1)
+    stop = drafted >= cap
+    if mode == at.MODE_ENTROPY:
+        stop = stop | ((drafted > 0) & (last_entropy > threshold))
+    elif mode == at.MODE_CONFIDENCE:
+        stop = stop | ((drafted > 0) & (last_confidence < threshold))
+    elif mode == at.MODE_MLP:
+        probe_every = tl.load(policy_ptr + at.PROBE_EVERY).to(tl.int32)
+        probe = (probe_every > 0) & (plain_run >= probe_every)
+        look = (drafted == 0) & (probe | (last_entropy < 0.0))
+        best = _best_gamma(
+            policy_ptr,
+            length,
+            drafted,
+            mean_entropy,
+            max_entropy,
+            mean_confidence,
+            min_confidence,
+            last_entropy,
+            last_confidence,
+            last_margin,
+            acceptance,
+        )
+        stop = stop | ((drafted >= best) & (look == 0))
+    return stop.to(tl.int32)

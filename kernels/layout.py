@@ -1,0 +1,131 @@
+"""Shapes and word positions of the tensors that the kernels, the reference and the loop share.
+
+Row state (``StepState``) lives on the device for the whole generation. One int32 row of counters and
+one float32 row of running features per sequence keep the kernels' argument lists short; the names
+below are the only way either is indexed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GAMMA_MAX = 15
+"""Most draft tokens in one step: a verification is then at most 16 rows, one MMA tile."""
+WIDTH_MAX = GAMMA_MAX + 1
+
+# Words of a row of `StepState.rows` (int32 [B, ROW_WORDS]).
+LENGTH = 0  # committed tokens in `sequence`, prompt included
+LIMIT = 1  # length at which the row ends
+DRAFTED = 2  # draft tokens of the step under way; they stand at sequence[LENGTH:LENGTH + DRAFTED]
+STOP = 3  # non-zero: no more drafting in this step
+DONE = 4  # one of RUNNING, DONE_STOP, DONE_LENGTH, DONE_ERROR
+GAMMA = 5  # of the last step: draft tokens verified
+ACCEPTED = 6  # of the last step: draft tokens kept
+COMMITTED = 7  # of the last step: tokens appended to the sequence
+STEP = 8  # verifications so far, the one after prefill included; keys the noise of rejection sampling
+PLAIN_RUN = 9  # consecutive steps with γ=0
+REQUEST = 10  # request id, keys the noise
+ERROR = 11  # bits ERROR_DRAFT, ERROR_TARGET
+ROW_WORDS = 16
+
+RUNNING, DONE_STOP, DONE_LENGTH, DONE_ERROR = range(4)
+ERROR_DRAFT, ERROR_TARGET = 1, 2
+
+# Words of a row of `StepState.running` (float32 [B, RUNNING_WORDS]): features of the step so far,
+# kept until the next step's first draft token overwrites them. Entropies in bits.
+MEAN_ENTROPY = 0
+MAX_ENTROPY = 1
+MEAN_CONFIDENCE = 2
+MIN_CONFIDENCE = 3
+LAST_ENTROPY = 4  # negative: no draft token yet in this request
+LAST_CONFIDENCE = 5
+LAST_MARGIN = 6
+ACCEPTANCE = 7  # exponential moving average of accepted / γ over the steps with γ > 0
+RUNNING_WORDS = 8
+
+# Words of `StepState.signals` (float32 [B, GAMMA_MAX, SIGNALS]), from the raw temperature-1 logits.
+ENTROPY, CONFIDENCE, MARGIN, TOKEN_PROBABILITY = range(4)
+SIGNALS = 4
+
+# The packed policy buffer (float32 [POLICY_WORDS]): a header, the costs, the MLP.
+MODE = 0  # MODE_FIXED, MODE_ENTROPY, MODE_CONFIDENCE, MODE_MLP
+MLP_LAYOUT = 1  # LAYOUT_SURVIVAL, LAYOUT_PAPER
+OBJECTIVE = 2  # OBJECTIVE_TOKENS, OBJECTIVE_RATE
+GAMMA_CAP = 3  # fixed γ of MODE_FIXED; largest γ of the other modes
+THRESHOLD = 4  # bits (MODE_ENTROPY) or probability (MODE_CONFIDENCE)
+RATE = 5  # λ of OBJECTIVE_RATE, tokens per ms
+PROBE_EVERY = 6  # after so many steps with γ=0 in a row, draft once; 0: never
+COMPRESSION = 7  # index of the one-hot: fp16 (also bf16, fp32) 0, int8 1, nf4 2
+CANDIDATES = 8  # bit γ set: γ may be chosen by the MLP
+EMA_WEIGHT = 9  # weight of the newest step in ACCEPTANCE
+HEADER_WORDS = 16
+FEATURES, HIDDEN, OUTPUTS = 16, 16, 16
+COST = HEADER_WORDS  # ms of a step that verifies γ draft tokens, γ = 0..15, at context 0
+COST_PER_TOKEN = COST + WIDTH_MAX  # its slope, ms per token of context
+FEATURE_MEAN = COST_PER_TOKEN + WIDTH_MAX
+FEATURE_SCALE = FEATURE_MEAN + FEATURES  # reciprocal standard deviation
+HIDDEN_WEIGHT = FEATURE_SCALE + FEATURES  # [HIDDEN, FEATURES], row-major
+HIDDEN_BIAS = HIDDEN_WEIGHT + HIDDEN * FEATURES
+OUTPUT_WEIGHT = HIDDEN_BIAS + HIDDEN  # [OUTPUTS, HIDDEN], row-major
+OUTPUT_BIAS = OUTPUT_WEIGHT + OUTPUTS * HIDDEN
+POLICY_WORDS = OUTPUT_BIAS + OUTPUTS
+
+MODE_FIXED, MODE_ENTROPY, MODE_CONFIDENCE, MODE_MLP = range(4)
+LAYOUT_SURVIVAL, LAYOUT_PAPER = range(2)
+OBJECTIVE_TOKENS, OBJECTIVE_RATE = range(2)
+
+# The MLP's inputs: 0..6 are words 0..6 of `running`; then
+FEATURE_DRAFTED = 7
+FEATURE_COMPRESSION = 8  # one-hot over 8, 9, 10
+FEATURE_ACCEPTANCE = 11
+FEATURE_GAMMA = 15  # LAYOUT_PAPER only: the candidate γ; LAYOUT_SURVIVAL sees zero
+
+# Purposes of random draws: the lowest byte of the fourth Philox counter word.
+NOISE_COUPLED, NOISE_DRAFT, NOISE_ACCEPT, NOISE_RESIDUAL, NOISE_BONUS = range(5)
+
+
+@dataclass(frozen=True)
+class StepState:
+    """The device state of a batch of B sequences; every tensor is mutated in place by the kernels.
+
+    Attributes
+    ----------
+    rows : int32 [B, ROW_WORDS], contiguous
+    running : float32 [B, RUNNING_WORDS], contiguous
+    sequence : int32 [B, S], unit stride in S
+        Target token ids: the committed ones up to LENGTH, then the step's draft tokens.
+    signals : float32 [B, GAMMA_MAX, SIGNALS], contiguous
+    """
+
+    rows: Tensor
+    running: Tensor
+    sequence: Tensor
+    signals: Tensor
+
+    @classmethod
+    def allocate(
+        cls, batch: int, capacity: int, device: torch.device | str = "cpu"
+    ) -> StepState:
+        """State for ``batch`` sequences of at most ``capacity`` tokens; call `reset` before use."""
+        return cls(
+            rows=torch.zeros(batch, ROW_WORDS, dtype=torch.int32, device=device),
+            running=torch.zeros(batch, RUNNING_WORDS, dtype=torch.float32, device=device),
+            sequence=torch.zeros(batch, capacity, dtype=torch.int32, device=device),
+            signals=torch.zeros(batch, GAMMA_MAX, SIGNALS, dtype=torch.float32, device=device),
+        )
+
+    def reset(self, row: int, prompt: list[int], limit: int, request: int) -> None:
+        """Start row ``row`` on ``prompt``; it ends at a total length of ``limit`` tokens.
+
+        The row is stopped with no draft tokens, so the first `verify` commits the token that
+        prefill yields.
+        """
+        words = [0] * ROW_WORDS
+        words[LENGTH], words[LIMIT], words[STOP] = len(prompt), limit, 1
+        words[REQUEST] = request
+        self.rows[row] = torch.tensor(words, dtype=torch.int32)
+        self.running[row] = torch.tensor([0.0] * LAST_ENTROPY + [-1.0, 0.0, 0.0, 0.5])
+        self.sequence[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int32)

@@ -1,0 +1,523 @@
+"""The operations of `speckv.kernels` in plain torch, fp32: the CPU path, and the Triton kernels' oracle.
+
+Rows are handled one after the other, in Python, so that this file reads as the specification. On CPU
+tensors nothing here synchronises anything; on CUDA tensors every read of the state does, so there it
+serves tests only.
+
+Rules
+-----
+Ties go to the lowest id. ``-inf`` marks an impossible token. A row that holds NaN or ``+inf``, or nothing but
+``-inf``, has no token: ERROR gets a bit, DONE becomes DONE_ERROR, and the sequence is left as it was.
+
+Randomness is Philox4x32-10 (Salmon et al. 2011) keyed by the 64-bit seed, with the counter
+``(token >> 2, position or step, request, purpose | draft index << 8)``; token ids take word
+``token & 3``. A position's noise is therefore one fixed function of (seed, request, position, token id).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import layout as at
+from .layout import StepState
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_GUMBEL_SPREAD = 26.1
+"""More than the largest Gumbel draw (22.9) minus the smallest (-3.2): 32-bit uniforms bound both."""
+
+
+def philox(
+    seed: int, c0: Tensor, c1: int, c2: int, c3: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 at counters ``(c0, c1, c2, c3)``.
+
+    Parameters
+    ----------
+    seed : int
+        64-bit key; the low word is the first key word.
+    c0 : int64 [N]
+        First counter word; ``c1``, ``c2``, ``c3`` are the same for all N.
+
+    Returns
+    -------
+    tuple of four int64 [N]
+        Random words in [0, 2**32).
+    """
+    x0 = c0.to(torch.int64) & _MASK
+    x1, x2, x3 = (torch.full_like(x0, c & _MASK) for c in (c1, c2, c3))
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        low, high = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]
+        x0 = ((high >> 32) & _MASK) ^ x1 ^ k0
+        x2 = ((low >> 32) & _MASK) ^ x3 ^ k1
+        x1, x3 = high.bitwise_and_(_MASK), low.bitwise_and_(_MASK)
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return x0, x1, x2, x3
+
+
+def uniform(words: Tensor) -> Tensor:
+    """Random words in [0, 2**32) as fp32 uniforms in (0, 1)."""
+    return ((words.to(torch.float32) + 0.5) * 2.0**-32).clamp_(max=1.0 - 2.0**-24)
+
+
+def gumbel(seed: int, request: int, index: int, tokens: Tensor, purpose: int = 0) -> Tensor:
+    """Standard Gumbel noise of token ids.
+
+    ``-log(-log(1 - u))``; the inner logarithm is a series where u is small, because that is where the
+    large draws come from and ``1 - u`` would round them to a grid.
+
+    Parameters
+    ----------
+    index : int
+        Absolute position in the sequence (coupled noise), or step number.
+    tokens : int64 [N]
+    purpose : int
+        NOISE_* of `layout`, with the draft index in the bits above the lowest eight.
+
+    Returns
+    -------
+    float32 [N]
+    """
+    words = philox(seed, tokens >> 2, index, request, purpose)
+    lane = tokens & 3
+    word = torch.where(
+        lane < 2,
+        torch.where(lane == 0, words[0], words[1]),
+        torch.where(lane == 2, words[2], words[3]),
+    )
+    u = uniform(word)
+    series = u * (1.0 + u * (0.5 + u * (1.0 / 3.0)))
+    return -torch.where(u < 2.0**-7, series, -torch.log(1.0 - u)).log_()
+
+
+def cutoff(
+    logits: Tensor, inv_temperature: Tensor, top_k: Tensor, top_p: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The lowest kept logit and the log-sum-exp of what is kept, under Hugging Face's warpers.
+
+    Temperature first, then top-k, then top-p over the renormalised top-k. Ties at the cutoff are
+    all kept (transformers keeps them for top-k and drops an arbitrary part of them for top-p).
+
+    Parameters
+    ----------
+    logits : floating [R, V]
+    inv_temperature : float32 [R]
+        1 / temperature; 0 means greedy, for which 1 is used (the cutoff does not matter there).
+    top_k : int32 [R]
+        0 keeps all.
+    top_p : float32 [R]
+        In (0, 1]; 1 keeps all.
+
+    Returns
+    -------
+    cutoff : float32 [R]
+        Raw logit: keep ``logits >= cutoff``. ``-inf`` where nothing is dropped.
+    lse : float32 [R]
+        ``log(sum(exp(logits * inv_temperature)))`` over the kept tokens.
+    """
+    rows = logits.shape[0]
+    low = torch.full((rows,), -math.inf, device=logits.device)
+    lse = torch.empty(rows, device=logits.device)
+    for i in range(rows):
+        x, inv = logits[i].float(), float(inv_temperature[i]) or 1.0
+        k, p = int(top_k[i]), float(top_p[i])
+        kept = x
+        if 0 < k < x.numel():
+            low[i] = x.topk(k).values[-1]
+            kept = x[x >= low[i]]
+        if p < 1.0:
+            values = kept.sort(descending=True).values
+            mass = torch.softmax(values * inv, 0).cumsum(0)
+            above = torch.searchsorted(values.neg(), values.neg())  # tokens strictly above each
+            before = torch.where(above > 0, mass[(above - 1).clamp(min=0)], 0.0)
+            low[i] = values[before < p][-1]
+            kept = values[values >= low[i]]
+        lse[i] = torch.logsumexp(kept * inv, 0)
+    return low, lse
+
+
+def decide(policy: Tensor, rows: list[int], running: list[float]) -> bool:
+    """Whether drafting stops now, with ``rows[DRAFTED]`` tokens drafted in this step.
+
+    The rule, in order: stop at the cap ``min(GAMMA_CAP, remaining - 1)``; fixed: never before;
+    thresholds: stop *after* the first uncertain token, which is still verified, so never at 0; MLP:
+    with g the candidate γ of the highest value, stop if ``DRAFTED >= g``. The value of γ is E[tokens] (objective
+    tokens) or E[tokens] - λ·cost(γ) (objective rate), where E[tokens(γ)] is 1 + the sum of
+    P(accepted >= k) for k <= γ (survival layout), or clip(rate(γ), 0, 1)·γ + 1 (paper layout). At
+    DRAFTED = 0 the features are those of the last step that drafted; where there is none, or after
+    PROBE_EVERY steps with γ=0, one token is drafted to find out.
+
+    Parameters
+    ----------
+    policy : float32 [POLICY_WORDS]
+    rows, running : lists
+        One row of `StepState.rows` and of `StepState.running`.
+    """
+    header = policy[: at.HEADER_WORDS].tolist()
+    drafted = rows[at.DRAFTED]
+    if drafted >= min(int(header[at.GAMMA_CAP]), rows[at.LIMIT] - rows[at.LENGTH] - 1):
+        return True
+    mode = int(header[at.MODE])
+    if mode == at.MODE_FIXED:
+        return False
+    if mode == at.MODE_ENTROPY:
+        return drafted > 0 and running[at.LAST_ENTROPY] > header[at.THRESHOLD]
+    if mode == at.MODE_CONFIDENCE:
+        return drafted > 0 and running[at.LAST_CONFIDENCE] < header[at.THRESHOLD]
+    if drafted == 0:
+        probe = int(header[at.PROBE_EVERY])
+        if running[at.LAST_ENTROPY] < 0 or 0 < probe <= rows[at.PLAIN_RUN]:
+            return False
+    return drafted >= best_gamma(policy, rows, running)
+
+
+def best_gamma(policy: Tensor, rows: list[int], running: list[float]) -> int:
+    """The candidate γ of the highest value (lowest γ among equals); see `decide`."""
+    header = policy[: at.HEADER_WORDS].tolist()
+    gammas = torch.arange(at.WIDTH_MAX, dtype=torch.float32)
+    features = torch.zeros(at.FEATURES)
+    features[: at.FEATURE_DRAFTED] = torch.tensor(running[: at.FEATURE_DRAFTED])
+    features[at.FEATURE_DRAFTED] = rows[at.DRAFTED]
+    features[at.FEATURE_COMPRESSION + int(header[at.COMPRESSION])] = 1.0
+    features[at.FEATURE_ACCEPTANCE] = running[at.ACCEPTANCE]
+
+    def block(start: int, *shape: int) -> Tensor:
+        return policy[start : start + math.prod(shape)].view(shape)
+
+    mean, scale = block(at.FEATURE_MEAN, at.FEATURES), block(at.FEATURE_SCALE, at.FEATURES)
+    weight = block(at.HIDDEN_WEIGHT, at.HIDDEN, at.FEATURES)
+    hidden = weight @ ((features - mean) * scale) + block(at.HIDDEN_BIAS, at.HIDDEN)
+    output = block(at.OUTPUT_WEIGHT, at.OUTPUTS, at.HIDDEN)
+    if int(header[at.MLP_LAYOUT]) == at.LAYOUT_PAPER:
+        by_gamma = hidden + torch.outer(gammas * scale[-1], weight[:, -1])  # [16, HIDDEN]
+        rate = by_gamma.relu() @ output[0] + policy[at.OUTPUT_BIAS]
+        tokens = rate.clamp(0.0, 1.0) * gammas + 1.0
+    else:
+        logit = output @ hidden.relu() + block(at.OUTPUT_BIAS, at.OUTPUTS)
+        survival = torch.sigmoid(logit)[: at.GAMMA_MAX]
+        tokens = torch.cat([torch.ones(1), survival]).cumsum(0)
+    value = tokens
+    if int(header[at.OBJECTIVE]) == at.OBJECTIVE_RATE:
+        cost = block(at.COST, at.WIDTH_MAX)
+        slope = block(at.COST_PER_TOKEN, at.WIDTH_MAX)
+        value = tokens - header[at.RATE] * (cost + slope * rows[at.LENGTH])
+    allowed = [(int(header[at.CANDIDATES]) >> g) & 1 == 1 for g in range(at.WIDTH_MAX)]
+    return int(value.masked_fill(~torch.tensor(allowed), -math.inf).argmax())
+
+
+def _best_token(x: Tensor, inv: float, low: float, noise: tuple[int, int, int, int] | None) -> int:
+    """argmax of ``x * inv + gumbel`` over ``x >= low``; of ``x`` where ``inv`` is 0.
+
+    Only tokens near enough to the top for any noise to lift them get a draw. Returns -1 for a row
+    without a token.
+    """
+    top, index = x.max(0)
+    if not math.isfinite(top):
+        return -1
+    if inv == 0.0 or noise is None:
+        return int(index)
+    y = x * inv
+    ids = torch.nonzero((x >= low) & (y >= float(top) * inv - _GUMBEL_SPREAD)).flatten()
+    seed, request, position, purpose = noise
+    return int(ids[(y[ids] + gumbel(seed, request, position, ids, purpose)).argmax()])
+
+
+def draft_step(
+    logits: Tensor,
+    state: StepState,
+    policy: Tensor,
+    *,
+    inv_temperature: Tensor | None = None,
+    seeds: Tensor | None = None,
+    id_map: Tensor | None = None,
+    cutoffs: Tensor | None = None,
+    coupling: str = "gumbel",
+) -> None:
+    """Choose a draft token, take its signals, and decide whether to draft another.
+
+    For each row that is neither done nor stopped: appends the token at
+    ``sequence[LENGTH + DRAFTED]``, writes its signals, folds them into ``running``, increments
+    DRAFTED and sets STOP to the decision. Other rows are left alone.
+
+    Parameters
+    ----------
+    logits : fp32 | fp16 | bf16 [B, V]
+        Draft logits, unit stride in V, any row stride. V is at most 262,144.
+    state : StepState
+        Mutated.
+    policy : float32 [POLICY_WORDS]
+    inv_temperature : float32 [B], optional
+        1 / temperature, 0 for a greedy row. None: all rows greedy.
+    seeds : int64 [B], optional
+        Needed with ``inv_temperature``.
+    id_map : int32 [V], optional
+        Target id of each draft id; noise is keyed by target ids.
+    cutoffs : float32 [B], optional
+        Keep ``logits >= cutoff`` when sampling (from `cutoff`). Signals do not see it.
+    coupling : "gumbel" | "rejection"
+        How the noise is keyed: by position, or by (step, draft index).
+    """
+    for b in range(logits.shape[0]):
+        rows = state.rows[b].tolist()
+        if rows[at.DONE] or rows[at.STOP]:
+            continue
+        running = state.running[b].tolist()
+        drafted = rows[at.DRAFTED]
+        x = logits[b].float()
+        inv = 0.0 if inv_temperature is None else float(inv_temperature[b])
+        noise = None
+        if seeds is not None:
+            noise = _draft_noise(rows, int(seeds[b]), coupling)
+        low = -math.inf if cutoffs is None else float(cutoffs[b])
+        token = _draft_token(x, inv, low, noise, id_map)
+        if token < 0:
+            state.rows[b, at.ERROR] |= at.ERROR_DRAFT
+            state.rows[b, at.STOP], state.rows[b, at.DONE] = 1, at.DONE_ERROR
+            continue
+        signals = token_signals(x, token)
+        entropy, confidence, margin, _ = signals
+        state.signals[b, drafted] = torch.tensor(signals)
+        if drafted == 0:
+            step = [entropy, entropy, confidence, confidence]
+        else:
+            share = 1.0 / (drafted + 1)
+            step = [
+                running[at.MEAN_ENTROPY] + (entropy - running[at.MEAN_ENTROPY]) * share,
+                max(running[at.MAX_ENTROPY], entropy),
+                running[at.MEAN_CONFIDENCE] + (confidence - running[at.MEAN_CONFIDENCE]) * share,
+                min(running[at.MIN_CONFIDENCE], confidence),
+            ]
+        running[: at.ACCEPTANCE] = [*step, entropy, confidence, margin]
+        state.running[b] = torch.tensor(running)
+        state.sequence[b, rows[at.LENGTH] + drafted] = (
+            token if id_map is None else id_map[token]
+        )
+        rows[at.DRAFTED] = drafted + 1
+        state.rows[b, at.DRAFTED] = drafted + 1
+        state.rows[b, at.STOP] = int(decide(policy, rows, running))
+
+
+def _draft_noise(rows: list[int], seed: int, coupling: str) -> tuple[int, int, int, int]:
+    if coupling == "gumbel":
+        return seed, rows[at.REQUEST], rows[at.LENGTH] + rows[at.DRAFTED], at.NOISE_COUPLED
+    return seed, rows[at.REQUEST], rows[at.STEP], at.NOISE_DRAFT | rows[at.DRAFTED] << 8
+
+
+def _draft_token(
+    x: Tensor,
+    inv: float,
+    low: float,
+    noise: tuple[int, int, int, int] | None,
+    id_map: Tensor | None,
+) -> int:
+    """`_best_token` of a draft row; ties go to the lowest *draft* id, noise goes by target id."""
+    if id_map is None or inv == 0.0 or noise is None:
+        return _best_token(x, inv, low, noise)
+    if not math.isfinite(x.max()):
+        return -1
+    seed, request, index, purpose = noise
+    y = x * inv + gumbel(seed, request, index, id_map.long(), purpose)
+    return int(y.masked_fill(x < low, -math.inf).argmax())
+
+
+def token_signals(x: Tensor, token: int) -> list[float]:
+    """[entropy in bits, confidence, margin, probability of ``token``] of fp32 logits ``x`` [V].
+
+    Entropy is ``(log s - t / s) / log 2`` with ``s = sum(exp(d))``, ``t = sum(d * exp(d))``,
+    ``d = x - max``. The margin of a vocabulary of one is its confidence.
+    """
+    top, index = x.max(0)
+    d = (x - top).clamp_(min=-1e4)  # exp is 0 long before; keeps 0 * -inf out of t
+    e = d.exp()
+    s = float(e.sum())
+    t = float(e.mul_(d).sum())
+    confidence = 1.0 / s
+    rest = d.index_fill(0, index, -1e4)
+    second = math.exp(float(rest.max())) / s
+    entropy = max(math.log(s) - t / s, 0.0) / math.log(2.0)
+    return [entropy, confidence, confidence - second, math.exp(float(d[token])) / s]
+
+
+def verify(
+    logits: Tensor,
+    state: StepState,
+    policy: Tensor,
+    *,
+    eos: Tensor,
+    inv_temperature: Tensor | None = None,
+    seeds: Tensor | None = None,
+    cutoffs: Tensor | None = None,
+) -> None:
+    """Accept draft tokens while they are the target's own choice, then commit.
+
+    The target's token at each position is the argmax of its logits (greedy rows), or of
+    ``logits / T + noise`` over the tokens at or above the cutoff, with the noise of that position
+    that the draft used too (Gumbel coupling: Daliri, Musco and Suresh 2024). Draft token j is
+    accepted while it equals the target's token j; the first that differs is replaced by it, and after
+    γ matches the target adds its own. So the committed tokens are the target's, whatever was drafted.
+
+    For each row that is not done: the sequence, LENGTH, GAMMA, ACCEPTED, COMMITTED, STEP, PLAIN_RUN,
+    DONE and ACCEPTANCE are updated, DRAFTED becomes 0, and STOP becomes the decision "no draft at
+    all" for the next step. Commitment ends with the first EOS, and at LIMIT; ACCEPTED counts
+    committed draft tokens only. Rows that are done get COMMITTED = 0.
+
+    Parameters
+    ----------
+    logits : fp32 | fp16 | bf16 [B, W, V]
+        Target logits after the last committed token and each draft token; unit stride in V. Row b
+        uses its first DRAFTED + 1 positions; W must be at least that.
+    state : StepState
+        Mutated.
+    policy : float32 [POLICY_WORDS]
+    eos : int32 [B, E]
+        Ids that end a row; -1 pads.
+    inv_temperature, seeds
+        As in `draft_step`.
+    cutoffs : float32 [B, W], optional
+    """
+    for b in range(logits.shape[0]):
+        rows = state.rows[b].tolist()
+        if rows[at.DONE]:
+            state.rows[b, at.COMMITTED] = 0
+            continue
+        inv = 0.0 if inv_temperature is None else float(inv_temperature[b])
+        drafts = _drafts(state, b, rows)
+        tokens: list[int] = []
+        for j in range(rows[at.DRAFTED] + 1):
+            position = rows[at.LENGTH] + j
+            noise = None
+            if seeds is not None:
+                noise = (int(seeds[b]), rows[at.REQUEST], position, at.NOISE_COUPLED)
+            low = -math.inf if cutoffs is None else float(cutoffs[b, j])
+            tokens.append(_best_token(logits[b, j].float(), inv, low, noise))
+            if tokens[j] != (drafts[j] if j < len(drafts) else None):
+                break
+        _commit(state, b, rows, policy, tokens, eos[b].tolist())
+
+
+def verify_rejection(
+    logits: Tensor,
+    state: StepState,
+    policy: Tensor,
+    *,
+    eos: Tensor,
+    inv_temperature: Tensor,
+    seeds: Tensor,
+    cutoffs: Tensor,
+    lse: Tensor,
+    draft_logits: Tensor,
+    draft_cutoffs: Tensor,
+    draft_lse: Tensor,
+    draft_ids: Tensor | None = None,
+) -> None:
+    """Rejection sampling with residual resampling (Leviathan et al. 2023, Chen et al. 2023), then commit.
+
+    Draft token x_j, drawn from q_j, is accepted with probability min(1, p_j(x)/q_j(x)); the first
+    rejected one is replaced by a draw from norm(max(p_j - q_j, 0)); after γ acceptances a draw from
+    p_γ follows. All noise is keyed by (step, draft index, purpose). Greedy rows (``inv_temperature``
+    0) accept what equals the argmax. State updates are those of `verify`.
+
+    Parameters
+    ----------
+    logits, state, policy, eos, inv_temperature, seeds
+        As in `verify`.
+    cutoffs, lse : float32 [B, W]
+        Of the target's rows, from `cutoff`.
+    draft_logits : floating [B, GAMMA_MAX, V_draft]
+        The rows that the draft tokens were drawn from.
+    draft_cutoffs, draft_lse : float32 [B, GAMMA_MAX]
+    draft_ids : int32 [V], optional
+        Draft id of each target id, -1 where the draft has none. None: the same ids.
+    """
+    for b in range(logits.shape[0]):
+        rows = state.rows[b].tolist()
+        if rows[at.DONE]:
+            state.rows[b, at.COMMITTED] = 0
+            continue
+        inv, seed = float(inv_temperature[b]), int(seeds[b])
+        key = (rows[at.REQUEST], rows[at.STEP])
+        drafts = _drafts(state, b, rows)
+        tokens: list[int] = []
+        for j in range(len(drafts) + 1):
+            x, low = logits[b, j].float(), float(cutoffs[b, j])
+            if inv == 0.0 or j == len(drafts):
+                noise = (seed, *key, at.NOISE_BONUS | j << 8)
+                tokens.append(_best_token(x, inv, low, noise))
+                if j < len(drafts) and tokens[j] == drafts[j]:
+                    continue
+                break
+            if not math.isfinite(x.max()):
+                tokens.append(-1)
+                break
+            p = _probabilities(x, inv, low, float(lse[b, j]))
+            q = _probabilities(
+                draft_logits[b, j].float(), inv, float(draft_cutoffs[b, j]), float(draft_lse[b, j])
+            )
+            if draft_ids is not None:
+                q = torch.where(draft_ids >= 0, q[draft_ids.clamp(min=0).long()], 0.0)
+            purpose = at.NOISE_ACCEPT | j << 8
+            word = philox(seed, torch.zeros(1, dtype=torch.int64), key[1], key[0], purpose)[0]
+            u = float(uniform(word))
+            if u * float(q[drafts[j]]) < float(p[drafts[j]]):
+                tokens.append(drafts[j])
+                continue
+            residual = (p - q).clamp_(min=0.0)
+            weight = residual if float(residual.max()) > 0.0 else p
+            ids = torch.nonzero(weight).flatten()
+            noise_of = gumbel(seed, key[0], key[1], ids, at.NOISE_RESIDUAL | j << 8)
+            tokens.append(int(ids[(weight[ids].log() + noise_of).argmax()]))
+            break
+        _commit(state, b, rows, policy, tokens, eos[b].tolist())
+
+
+def _drafts(state: StepState, b: int, rows: list[int]) -> list[int]:
+    start = rows[at.LENGTH]
+    drafts: list[int] = state.sequence[b, start : start + rows[at.DRAFTED]].tolist()
+    return drafts
+
+
+def _probabilities(x: Tensor, inv: float, low: float, lse: float) -> Tensor:
+    return torch.where(x >= low, (x * inv - lse).exp(), 0.0)
+
+
+def _commit(
+    state: StepState,
+    b: int,
+    rows: list[int],
+    policy: Tensor,
+    tokens: list[int],
+    eos: list[int],
+) -> None:
+    """Append ``tokens``, the target's own (accepted draft tokens, then one more), and close the step."""
+    if tokens[-1] < 0:
+        state.rows[b, at.ERROR] |= at.ERROR_TARGET
+        state.rows[b, at.DONE], state.rows[b, at.COMMITTED] = at.DONE_ERROR, 0
+        return
+    gamma, room = rows[at.DRAFTED], rows[at.LIMIT] - rows[at.LENGTH]
+    accepted = len(tokens) - 1
+    stops = [i for i, token in enumerate(tokens[:room]) if token in eos]
+    count = stops[0] + 1 if stops else min(len(tokens), room)
+    running = state.running[b].tolist()
+    rows[at.ACCEPTED] = min(accepted, count)
+    if gamma:
+        weight = float(policy[at.EMA_WEIGHT])
+        running[at.ACCEPTANCE] += weight * (accepted / gamma - running[at.ACCEPTANCE])
+        state.running[b, at.ACCEPTANCE] = running[at.ACCEPTANCE]
+    state.sequence[b, rows[at.LENGTH] : rows[at.LENGTH] + count] = torch.tensor(
+        tokens[:count], dtype=torch.int32
+    )
+    rows[at.LENGTH] += count
+    rows[at.GAMMA], rows[at.COMMITTED], rows[at.DRAFTED] = gamma, count, 0
+    rows[at.STEP] += 1
+    rows[at.PLAIN_RUN] = 0 if gamma else rows[at.PLAIN_RUN] + 1
+    if stops:
+        rows[at.DONE] = at.DONE_STOP
+    elif count == room:
+        rows[at.DONE] = at.DONE_LENGTH
+    rows[at.STOP] = 1 if rows[at.DONE] else int(decide(policy, rows, running))
+    state.rows[b] = torch.tensor(rows, dtype=torch.int32)
