@@ -1,0 +1,58 @@
+# Every target sets itself up: a virtual environment in .venv, made once and reused.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= bench/history/gpu
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PROMPT := Explain in three sentences how a rainbow forms.
+
+.PHONY: help demo test test-full lint bench-plain gpu clean
+
+help:
+	@echo "make demo         chat with SmolLM2, decoding speculatively"
+	@echo "make test         lint, types and every test but the slow ones (under 15 minutes)"
+	@echo "make test-full    every test; the result goes to bench/history/test-full.json"
+	@echo "make lint         ruff and mypy"
+	@echo "make bench-plain  plain decoding against transformers' greedy generate"
+	@echo "make gpu          everything that needs a GPU; OUT=DIR says where results go"
+	@echo "make clean        remove the virtual environment, builds and caches"
+
+demo: $(STAMP)
+	@$(BIN)/speckv generate --chat --max-new-tokens 96 "$(PROMPT)"
+
+# Kernels run in Triton's interpreter or compile ahead of time, never both in one process: the
+# choice is made when a kernel is first imported. Hence two pytest processes.
+test: lint
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and not slow"
+	env -u TRITON_INTERPRET $(BIN)/python -m pytest -m "not interpreter and not slow"
+
+test-full: $(STAMP)
+	$(BIN)/python tests/report.py --out bench/history/test-full.json
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench-plain: $(STAMP)
+	$(BIN)/python -m bench.plain
+
+gpu: $(STAMP)
+	$(BIN)/python -m bench.gpu --out $(OUT)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip's log is cut down to one line a package; its errors reach the terminal untouched.
+$(STAMP): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; v = sys.version_info; \
+	  v >= (3, 10) or sys.exit(f"error: speckv needs Python 3.10 or newer, found {v[0]}.{v[1]}")'
+	@echo "Setting up $(VENV) (once; a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e '.[dev,train]' \
+	  | sed -un -e 's/^Collecting \([^ ]*\).*/  \1/p' -e 's/^Installing collected.*/  installing/p'
+	@touch $@
