@@ -1,0 +1,36 @@
+"""Every variant of every kernel compiles ahead of time, within its limits and without spills."""
+
+from __future__ import annotations
+
+import pytest
+
+from speckv.kernels import registry
+
+pytestmark = pytest.mark.aot
+
+CASES = [
+    pytest.param(spec, variant, arch, id=f"{spec.name}-{variant.name}-{arch}")
+    for spec in registry.all_specs()
+    for variant in spec.variants
+    for arch in registry.ARCHITECTURES
+]
+
+
+@pytest.mark.parametrize(("spec", "variant", "arch"), CASES)
+def test_resources(spec: registry.KernelSpec, variant: registry.Variant, arch: str) -> None:
+    used = registry.compile_variant(spec, variant, arch)
+    assert used.spills == 0
+    assert used.registers <= spec.max_registers
+    assert used.shared_bytes <= spec.max_shared_bytes
+
+
+def test_names_are_unique() -> None:
+    specs = registry.all_specs()
+    assert len({spec.name for spec in specs}) == len(specs)
+    for spec in specs:
+        assert len({variant.name for variant in spec.variants}) == len(spec.variants)
+
+
+def test_unknown_architecture_is_refused() -> None:
+    with pytest.raises(ValueError, match="arch: expected 'sm_<number>'"):
+        registry.compile_spec(registry.all_specs()[0], "hopper")
