@@ -1,17 +1,19 @@
-"""The operations of `speckv.kernels` in plain torch, fp32: the CPU path, and the Triton kernels' oracle.
+"""The operations of `speckv.kernels` in plain torch, fp32: the CPU path and the kernels' oracle.
 
-Rows are handled one after the other, in Python, so that this file reads as the specification. On CPU
-tensors nothing here synchronises anything; on CUDA tensors every read of the state does, so there it
+Rows are handled one after the other, in Python, so that this file reads as the specification. On
+CPU tensors that costs nothing; on CUDA tensors every read of the state synchronises, so there it
 serves tests only.
 
 Rules
 -----
-Ties go to the lowest id. ``-inf`` marks an impossible token. A row that holds NaN or ``+inf``, or nothing but
-``-inf``, has no token: ERROR gets a bit, DONE becomes DONE_ERROR, and the sequence is left as it was.
+Ties go to the lowest id. ``-inf`` marks an impossible token. A row that holds NaN or ``+inf``, or
+nothing but ``-inf``, has no token: ERROR gets a bit, DONE becomes DONE_ERROR, and the sequence is
+left as it was.
 
 Randomness is Philox4x32-10 (Salmon et al. 2011) keyed by the 64-bit seed, with the counter
 ``(token >> 2, position or step, request, purpose | draft index << 8)``; token ids take word
-``token & 3``. A position's noise is therefore one fixed function of (seed, request, position, token id).
+``token & 3``. A position's noise is therefore one fixed function of (seed, request, position,
+token id).
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _GUMBEL_SPREAD = 26.1
-"""More than the largest Gumbel draw (22.9) minus the smallest (-3.2): 32-bit uniforms bound both."""
+"""More than the largest Gumbel draw (22.9) minus the smallest (-3.2); 32-bit draws bound both."""
 
 
 def philox(
@@ -68,8 +70,8 @@ def uniform(words: Tensor) -> Tensor:
 def gumbel(seed: int, request: int, index: int, tokens: Tensor, purpose: int = 0) -> Tensor:
     """Standard Gumbel noise of token ids.
 
-    ``-log(-log(1 - u))``; the inner logarithm is a series where u is small, because that is where the
-    large draws come from and ``1 - u`` would round them to a grid.
+    ``-log(-log(1 - u))``; the inner logarithm is a series where u is small, because that is where
+    the large draws come from and ``1 - u`` would round them to a grid.
 
     Parameters
     ----------
@@ -131,14 +133,23 @@ def cutoff(
             low[i] = x.topk(k).values[-1]
             kept = x[x >= low[i]]
         if p < 1.0:
-            values = kept.sort(descending=True).values
-            mass = torch.softmax(values * inv, 0).cumsum(0)
-            above = torch.searchsorted(values.neg(), values.neg())  # tokens strictly above each
-            before = torch.where(above > 0, mass[(above - 1).clamp(min=0)], 0.0)
-            low[i] = values[before < p][-1]
-            kept = values[values >= low[i]]
+            low[i] = _nucleus_cutoff(kept, inv, p)
+            kept = kept[kept >= low[i]]
         lse[i] = torch.logsumexp(kept * inv, 0)
     return low, lse
+
+
+def _nucleus_cutoff(x: Tensor, inv: float, p: float) -> Tensor:
+    """The lowest value of ``x`` [N] with a mass of less than ``p`` strictly above it."""
+    total = torch.logsumexp(x * inv, 0)
+    for size in (min(1024, x.numel()), x.numel()):  # the top is nearly always enough
+        values = x.topk(size).values
+        mass = (values * inv - total).exp().cumsum(0)
+        if mass[-1] >= p:
+            break
+    above = torch.searchsorted(-values, -values)
+    before = torch.where(above > 0, mass[(above - 1).clamp(min=0)], 0.0)
+    return values[before < p][-1]
 
 
 def decide(policy: Tensor, rows: list[int], running: list[float]) -> bool:
@@ -146,11 +157,11 @@ def decide(policy: Tensor, rows: list[int], running: list[float]) -> bool:
 
     The rule, in order: stop at the cap ``min(GAMMA_CAP, remaining - 1)``; fixed: never before;
     thresholds: stop *after* the first uncertain token, which is still verified, so never at 0; MLP:
-    with g the candidate γ of the highest value, stop if ``DRAFTED >= g``. The value of γ is E[tokens] (objective
-    tokens) or E[tokens] - λ·cost(γ) (objective rate), where E[tokens(γ)] is 1 + the sum of
-    P(accepted >= k) for k <= γ (survival layout), or clip(rate(γ), 0, 1)·γ + 1 (paper layout). At
-    DRAFTED = 0 the features are those of the last step that drafted; where there is none, or after
-    PROBE_EVERY steps with γ=0, one token is drafted to find out.
+    with g the candidate γ of the highest value, stop if ``DRAFTED >= g``. The value of γ is
+    E[tokens] (objective tokens) or E[tokens] - λ·cost(γ) (objective rate), where E[tokens(γ)] is
+    1 + the sum of P(accepted >= k) for k <= γ (survival layout), or clip(rate(γ), 0, 1)·γ + 1
+    (paper layout). At DRAFTED = 0 the features are those of the last step that drafted; where there
+    is none, or after PROBE_EVERY steps with γ=0, one token is drafted to find out.
 
     Parameters
     ----------
@@ -358,13 +369,15 @@ def verify(
     The target's token at each position is the argmax of its logits (greedy rows), or of
     ``logits / T + noise`` over the tokens at or above the cutoff, with the noise of that position
     that the draft used too (Gumbel coupling: Daliri, Musco and Suresh 2024). Draft token j is
-    accepted while it equals the target's token j; the first that differs is replaced by it, and after
-    γ matches the target adds its own. So the committed tokens are the target's, whatever was drafted.
+    accepted while it equals the target's token j; the first that differs is replaced by it, and
+    after γ matches the target adds its own. So the committed tokens are the target's, whatever was
+    drafted.
 
-    For each row that is not done: the sequence, LENGTH, GAMMA, ACCEPTED, COMMITTED, STEP, PLAIN_RUN,
-    DONE and ACCEPTANCE are updated, DRAFTED becomes 0, and STOP becomes the decision "no draft at
-    all" for the next step. Commitment ends with the first EOS, and at LIMIT; ACCEPTED counts
-    committed draft tokens only. Rows that are done get COMMITTED = 0.
+    For each row that is not done: the sequence, LENGTH, GAMMA, ACCEPTED, COMMITTED, STEP,
+    PLAIN_RUN, DONE and ACCEPTANCE are updated, DRAFTED becomes 0, and STOP becomes the decision "no
+    draft at all" for the next step. Commitment ends with the first EOS, and at LIMIT; ACCEPTED
+    counts committed draft tokens only, ACCEPTANCE all that matched. Rows that are done get
+    COMMITTED = 0.
 
     Parameters
     ----------
@@ -415,12 +428,12 @@ def verify_rejection(
     draft_lse: Tensor,
     draft_ids: Tensor | None = None,
 ) -> None:
-    """Rejection sampling with residual resampling (Leviathan et al. 2023, Chen et al. 2023), then commit.
+    """Rejection sampling with residual resampling, then commit (Leviathan 2023, Chen 2023).
 
     Draft token x_j, drawn from q_j, is accepted with probability min(1, p_j(x)/q_j(x)); the first
     rejected one is replaced by a draw from norm(max(p_j - q_j, 0)); after γ acceptances a draw from
-    p_γ follows. All noise is keyed by (step, draft index, purpose). Greedy rows (``inv_temperature``
-    0) accept what equals the argmax. State updates are those of `verify`.
+    p_γ follows. All noise is keyed by (step, draft index, purpose). Greedy rows
+    (``inv_temperature`` 0) accept what equals the argmax. State updates are those of `verify`.
 
     Parameters
     ----------
@@ -493,7 +506,7 @@ def _commit(
     tokens: list[int],
     eos: list[int],
 ) -> None:
-    """Append ``tokens``, the target's own (accepted draft tokens, then one more), and close the step."""
+    """Append ``tokens`` (accepted draft tokens, then the target's own) and close the step."""
     if tokens[-1] < 0:
         state.rows[b, at.ERROR] |= at.ERROR_TARGET
         state.rows[b, at.DONE], state.rows[b, at.COMMITTED] = at.DONE_ERROR, 0

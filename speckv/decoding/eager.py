@@ -1,0 +1,390 @@
+"""The eager loop: draft, verify, commit, one operation after the other, the host deciding nothing.
+
+This is the specification of every faster loop. State is on the device (`StepState`); the host
+reads it after each operation to know whom to draft for and when to end.
+
+Coherence of the draft's KV cache. Let L be a row's committed length at the start of a step. The last
+committed token is in neither cache. The target's cache holds L - 1 tokens at every step. The
+draft's holds ``draft_length`` of them: after a step with γ > 0 and a accepted tokens it holds
+L + min(a, γ - 1), because its last token was never fed to it; after steps with γ = 0 it lags by one more
+each. The first draft forward of a step feeds what is missing. Rollback is a smaller length.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import NumericsError
+from ..kernels import layout as at
+from ..kernels import reference
+from ..kernels.layout import StepState
+from ..models.base import CausalModel, KVCache
+from .requests import RequestBatch
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one row did in one step.
+
+    Attributes
+    ----------
+    row : int
+    gamma, accepted : int
+        Draft tokens verified and kept. The token that prefill yields has ``gamma`` -1: it is no step.
+    tokens : list of int
+        The tokens committed.
+    done : int
+        ``RUNNING``, ``DONE_STOP`` or ``DONE_LENGTH`` of `speckv.kernels.layout`.
+    """
+
+    row: int
+    gamma: int
+    accepted: int
+    tokens: list[int]
+    done: int
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One call of `EagerLoop.run`.
+
+    draft_length: per row, the committed tokens that the draft's cache holds.
+    """
+
+    requests: RequestBatch
+    state: StepState
+    policy: Tensor
+    draft_length: list[int]
+
+
+@dataclass
+class Seconds:
+    """Host wall time by part, in seconds."""
+
+    prefill: float = 0.0
+    draft: float = 0.0
+    verify: float = 0.0
+    decision: float = 0.0
+
+
+class EagerLoop:
+    """Speculative decoding of one batch at a time.
+
+    Parameters
+    ----------
+    target : CausalModel
+    draft : CausalModel or None
+        None allows policies that never draft only.
+    batch, capacity : int
+        Most rows, and most tokens of a row.
+    id_map : int32 [V_draft], optional
+        Target id of each draft id.
+    """
+
+    def __init__(
+        self,
+        target: CausalModel,
+        draft: CausalModel | None,
+        *,
+        batch: int,
+        capacity: int,
+        id_map: Tensor | None = None,
+    ) -> None:
+        self.target, self.draft = target, draft
+        self.batch, self.capacity = batch, capacity
+        self.seconds = Seconds()
+        self._ops = operations(target.device)
+        # Blocks are gathered at a common width, so the last one may reach past a row's end.
+        self._state = StepState.allocate(batch, capacity + at.WIDTH_MAX, target.device)
+        self._target_cache = target.new_cache(batch, capacity)
+        self._draft_cache = None if draft is None else draft.new_cache(batch, capacity)
+        self._id_map = id_map
+        self._draft_ids = None if id_map is None else invert(id_map, target.vocab_size)
+        self._rejection_rows: _DraftRows | None = None
+
+    @torch.inference_mode()
+    def run(self, requests: RequestBatch, policy: Tensor) -> Iterator[list[StepRecord]]:
+        """Decode ``requests``; yields the records of the prefill, then of each step.
+
+        Parameters
+        ----------
+        policy : float32 [POLICY_WORDS]
+            A packed policy.
+
+        Raises
+        ------
+        NumericsError
+            A row of logits held NaN or +inf, or nothing but -inf.
+        """
+        policy = policy.to(self.target.device)
+        run = _Run(requests, self._begin(requests), policy, [0] * requests.size)
+        yield self._prefill(run)
+        while not all(row[at.DONE] for row in read_rows(run.state)):
+            self._draft(run)
+            yield self._verify(run)
+
+    def finish(self, row: int) -> None:
+        """End row ``row`` after the records it has given (a stop text was found on the host)."""
+        self._state.rows[row, at.DONE] = at.DONE_STOP
+
+    def _begin(self, requests: RequestBatch) -> StepState:
+        if requests.size > self.batch or max(requests.limits) > self.capacity:
+            raise ValueError(
+                f"requests: expected at most {self.batch} rows of {self.capacity} tokens, "
+                f"got {requests.size} of {max(requests.limits)}"
+            )
+        self.seconds = Seconds()
+        whole = self._state
+        state = StepState(
+            *(t[: requests.size] for t in (whole.rows, whole.running, whole.sequence, whole.signals))
+        )
+        for row, prompt in enumerate(requests.prompts):
+            state.reset(row, prompt, requests.limits[row], requests.request_ids[row])
+        return state
+
+    def _prefill(self, run: _Run) -> list[StepRecord]:
+        start = time.perf_counter()
+        logits = [
+            self.target.prefill(torch.tensor(prompt), self._target_cache, row)
+            for row, prompt in enumerate(run.requests.prompts)
+        ]
+        self._accept(run, torch.stack(logits)[:, None])
+        records = committed(run.state, list(range(run.requests.size)))
+        self.seconds.prefill += time.perf_counter() - start
+        return [StepRecord(r.row, -1, 0, r.tokens, r.done) for r in records]
+
+    def _draft(self, run: _Run) -> None:
+        """Draft until every row has stopped."""
+        rows = read_rows(run.state)
+        slots = drafting(rows)
+        forward = self._catch_up
+        while slots:
+            start = time.perf_counter()
+            logits = forward(run, rows, slots)
+            forward = self._draft_forward
+            drafted = time.perf_counter()
+            self._choose(run, rows, slots, scatter(logits, slots, len(rows)))
+            rows = read_rows(run.state)
+            slots = drafting(rows)
+            self.seconds.draft += drafted - start
+            self.seconds.decision += time.perf_counter() - drafted
+
+    def _catch_up(self, run: _Run, rows: list[list[int]], slots: list[int]) -> Tensor:
+        """Feed the draft the committed tokens it lacks; logits [len(slots), V_draft]."""
+        draft, cache = self._require_draft()
+        sequence, held = run.state.sequence, run.draft_length
+        for b in slots:
+            behind = rows[b][at.LENGTH] - at.WIDTH_MAX
+            if held[b] < behind:
+                tokens = sequence[b, held[b] : behind]
+                draft.prefill(tokens, cache, b, start=held[b], want_logits=False)
+                held[b] = behind
+        start = [held[b] for b in slots]
+        lag = [rows[b][at.LENGTH] - held[b] for b in slots]
+        for b in slots:
+            held[b] = rows[b][at.LENGTH]
+        tokens = gather(sequence, slots, start, max(lag))
+        last = [n - 1 for n in lag]
+        return draft.forward(tokens, start, cache, slots=slots, select=last)
+
+    def _draft_forward(self, run: _Run, rows: list[list[int]], slots: list[int]) -> Tensor:
+        """Feed the draft its own last tokens; logits [len(slots), V_draft]."""
+        draft, cache = self._require_draft()
+        position = [rows[b][at.LENGTH] + rows[b][at.DRAFTED] - 1 for b in slots]
+        tokens = gather(run.state.sequence, slots, position, 1)
+        return draft.forward(tokens, position, cache, slots=slots)[:, 0]
+
+    def _choose(
+        self, run: _Run, rows: list[list[int]], slots: list[int], logits: Tensor
+    ) -> None:
+        """`draft_step` of the rows ``slots``; logits [B, V_draft]."""
+        requests = run.requests
+        cutoffs = None
+        if requests.truncated or requests.rejection:
+            cutoffs, lse = self._cutoff(requests, logits)
+            if requests.rejection:
+                index = [rows[b][at.DRAFTED] for b in slots]
+                self._drafts.store(slots, index, logits, cutoffs, lse)
+        self._ops.draft_step(
+            logits,
+            run.state,
+            run.policy,
+            inv_temperature=requests.inv_temperature,
+            seeds=requests.seeds,
+            id_map=self._id_map,
+            cutoffs=cutoffs,
+            coupling=requests.coupling,
+        )
+
+    def _verify(self, run: _Run) -> list[StepRecord]:
+        """One target pass over [last committed, draft tokens], then commit."""
+        start = time.perf_counter()
+        rows = read_rows(run.state)
+        slots = [b for b, row in enumerate(rows) if not row[at.DONE]]
+        position = [rows[b][at.LENGTH] - 1 for b in slots]
+        width = max(rows[b][at.DRAFTED] for b in slots) + 1
+        tokens = gather(run.state.sequence, slots, position, width)
+        logits = self.target.forward(tokens, position, self._target_cache, slots=slots)
+        self._accept(run, scatter(logits, slots, len(rows)))
+        records = committed(run.state, slots)
+        for record in records:
+            if record.gamma > 0:
+                before = rows[record.row][at.LENGTH]
+                run.draft_length[record.row] = before + min(record.accepted, record.gamma - 1)
+        self.seconds.verify += time.perf_counter() - start
+        return records
+
+    def _accept(self, run: _Run, logits: Tensor) -> None:
+        """Commit by coupling or by rejection sampling; target logits [B, W, V]."""
+        requests = run.requests
+        batch, width, _ = logits.shape
+        cutoffs = lse = None
+        if requests.truncated or requests.rejection:
+            flat = self._cutoff(requests, logits.flatten(0, 1), width)
+            cutoffs, lse = (t.view(batch, width) for t in flat)
+        if not requests.rejection:
+            self._ops.verify(
+                logits,
+                run.state,
+                run.policy,
+                eos=requests.eos,
+                inv_temperature=requests.inv_temperature,
+                seeds=requests.seeds,
+                cutoffs=cutoffs,
+            )
+            return
+        drafts = self._drafts
+        self._ops.verify_rejection(
+            logits,
+            run.state,
+            run.policy,
+            eos=requests.eos,
+            inv_temperature=requests.inv_temperature,
+            seeds=requests.seeds,
+            cutoffs=cutoffs,
+            lse=lse,
+            draft_logits=drafts.logits,
+            draft_cutoffs=drafts.cutoffs,
+            draft_lse=drafts.lse,
+            draft_ids=self._draft_ids,
+        )
+
+    def _cutoff(self, requests: RequestBatch, logits: Tensor, width: int = 1) -> list[Tensor]:
+        """Cutoffs and log-sum-exps [B * width] of logits [B * width, V]."""
+        inverse, k, p = requests.inv_temperature, requests.top_k, requests.top_p
+        assert inverse is not None and k is not None and p is not None
+        columns = (column.repeat_interleave(width) for column in (inverse, k, p))
+        return list(self._ops.cutoff(logits, *columns))
+
+    @property
+    def _drafts(self) -> _DraftRows:
+        if self._rejection_rows is None:
+            self._rejection_rows = _DraftRows.allocate(self.batch, self.draft or self.target)
+        return self._rejection_rows
+
+    def _require_draft(self) -> tuple[CausalModel, KVCache]:
+        if self.draft is None or self._draft_cache is None:
+            raise ValueError("draft: expected a model, since the policy drafts; got None")
+        return self.draft, self._draft_cache
+
+
+@dataclass(frozen=True)
+class _DraftRows:
+    """The distributions that a step's draft tokens were drawn from, for rejection sampling.
+
+    logits [B, GAMMA_MAX, V_draft]; cutoffs and lse float32 [B, GAMMA_MAX].
+    """
+
+    logits: Tensor
+    cutoffs: Tensor
+    lse: Tensor
+
+    @classmethod
+    def allocate(cls, batch: int, model: CausalModel) -> _DraftRows:
+        shape = (batch, at.GAMMA_MAX)
+        return cls(
+            torch.zeros(*shape, model.vocab_size, dtype=model.dtype, device=model.device),
+            torch.zeros(shape, device=model.device),
+            torch.zeros(shape, device=model.device),
+        )
+
+    def store(self, slots: list[int], index: list[int], *rows: Tensor) -> None:
+        """Keep draft token ``index[i]`` of row ``slots[i]``: its logits, cutoff and lse [B, ...]."""
+        for b, j in zip(slots, index, strict=True):
+            for kept, new in zip((self.logits, self.cutoffs, self.lse), rows, strict=True):
+                kept[b, j] = new[b]
+
+
+def operations(device: torch.device) -> Any:
+    """`draft_step`, `verify`, `verify_rejection` and `cutoff`: kernels on CUDA, else the reference."""
+    if device.type != "cuda":
+        return reference
+    from .. import kernels
+
+    return kernels
+
+
+def read_rows(state: StepState) -> list[list[int]]:
+    """`StepState.rows` on the host.
+
+    Raises
+    ------
+    NumericsError
+        A row has an error bit.
+    """
+    rows: list[list[int]] = state.rows.tolist()
+    for b, row in enumerate(rows):
+        if row[at.ERROR]:
+            model = "draft" if row[at.ERROR] & at.ERROR_DRAFT else "target"
+            raise NumericsError(
+                f"row {b}, position {row[at.LENGTH] + row[at.DRAFTED]}: the {model} model's "
+                "logits hold NaN or +inf, or nothing but -inf"
+            )
+    return rows
+
+
+def drafting(rows: list[list[int]]) -> list[int]:
+    """The rows that are neither done nor stopped."""
+    return [b for b, row in enumerate(rows) if not (row[at.DONE] or row[at.STOP])]
+
+
+def committed(state: StepState, slots: list[int]) -> list[StepRecord]:
+    """What the rows ``slots`` just committed."""
+    rows = read_rows(state)
+    records = []
+    for b in slots:
+        row = rows[b]
+        new = state.sequence[b, row[at.LENGTH] - row[at.COMMITTED] : row[at.LENGTH]]
+        records.append(
+            StepRecord(b, row[at.GAMMA], row[at.ACCEPTED], new.tolist(), row[at.DONE])
+        )
+    return records
+
+
+def gather(sequence: Tensor, slots: list[int], start: list[int], width: int) -> Tensor:
+    """``sequence[slots[i], start[i]:start[i] + width]`` as int32 [len(slots), width]."""
+    return torch.stack([sequence[b, p : p + width] for b, p in zip(slots, start, strict=True)])
+
+
+def scatter(rows: Tensor, slots: list[int], size: int) -> Tensor:
+    """Rows [len(slots), ...] at their places among ``size``; the others are zero and not to be read."""
+    if len(slots) == size:
+        return rows
+    full = rows.new_zeros(size, *rows.shape[1:])
+    full[slots] = rows
+    return full
+
+
+def invert(id_map: Tensor, vocab_size: int) -> Tensor:
+    """Draft id of each target id, -1 where there is none: int32 [vocab_size]."""
+    inverse = torch.full((vocab_size,), -1, dtype=torch.int32, device=id_map.device)
+    inverse[id_map.long()] = torch.arange(
+        id_map.numel(), dtype=torch.int32, device=id_map.device
+    )
+    return inverse

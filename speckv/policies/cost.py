@@ -1,0 +1,50 @@
+"""What a step costs on this machine: the cost(γ) of the rate objective."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..kernels.layout import WIDTH_MAX
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Milliseconds of a step that verifies γ draft tokens, linear in the context length.
+
+    ``cost(γ) = t_draft · γ + t_verify(γ + 1) + t_overhead`` (DESIGN: catch-up after a full
+    acceptance rides in the first draft forward).
+
+    Attributes
+    ----------
+    step_ms : tuple of 16 floats
+        By γ, at context 0.
+    step_ms_per_context_token : tuple of 16 floats
+        Slope by γ.
+    """
+
+    step_ms: tuple[float, ...]
+    step_ms_per_context_token: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("step_ms", "step_ms_per_context_token"):
+            values = getattr(self, name)
+            if len(values) != WIDTH_MAX:
+                raise ValueError(f"{name}: expected {WIDTH_MAX} values, got {len(values)}")
+        if min(self.step_ms) <= 0:
+            raise ValueError(f"step_ms: expected positive values, got {min(self.step_ms)}")
+
+    @classmethod
+    def from_parts(
+        cls,
+        draft_ms: float,
+        verify_ms: list[float],
+        overhead_ms: float = 0.0,
+        draft_ms_per_context_token: float = 0.0,
+        verify_ms_per_context_token: float = 0.0,
+    ) -> CostTable:
+        """From the cost of a draft token and of a verification by width 1..16."""
+        step = [draft_ms * g + verify_ms[g] + overhead_ms for g in range(WIDTH_MAX)]
+        slope = [
+            draft_ms_per_context_token * g + verify_ms_per_context_token for g in range(WIDTH_MAX)
+        ]
+        return cls(tuple(step), tuple(slope))

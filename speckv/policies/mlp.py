@@ -1,0 +1,149 @@
+"""The γ-MLP's weights and their file.
+
+A policy file is safetensors: the five weight tensors and the input standardisation, and metadata with
+``format``, ``version``, ``layout``, ``gammas``, a SHA-256 over the tensors, and a training card.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import PolicyError
+from ..kernels import layout as at
+
+FORMAT, VERSION = "speckv-policy", "1"
+_LAYOUTS = {"survival": at.LAYOUT_SURVIVAL, "paper": at.LAYOUT_PAPER}
+_SHAPES = {
+    "feature_mean": (at.FEATURES,),
+    "feature_scale": (at.FEATURES,),
+    "hidden_weight": (at.HIDDEN, at.FEATURES),
+    "hidden_bias": (at.HIDDEN,),
+    "output_weight": (at.OUTPUTS, at.HIDDEN),
+    "output_bias": (at.OUTPUTS,),
+}
+_OFFSETS = {
+    "feature_mean": at.FEATURE_MEAN,
+    "feature_scale": at.FEATURE_SCALE,
+    "hidden_weight": at.HIDDEN_WEIGHT,
+    "hidden_bias": at.HIDDEN_BIAS,
+    "output_weight": at.OUTPUT_WEIGHT,
+    "output_bias": at.OUTPUT_BIAS,
+}
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Weights of the γ-MLP, in the layouts of `speckv.kernels.layout`.
+
+    Attributes
+    ----------
+    layout : int
+        ``LAYOUT_SURVIVAL`` or ``LAYOUT_PAPER``.
+    gammas : tuple of int
+        The γ of the data it was trained on.
+    tensors : mapping of str to float32 Tensor
+        ``feature_mean``, ``feature_scale`` [16], ``hidden_weight`` [16, 16], ``hidden_bias`` [16],
+        ``output_weight`` [16, 16], ``output_bias`` [16].
+    card : mapping
+        How it was trained: data, seeds, metrics. JSON values.
+    """
+
+    layout: int
+    gammas: tuple[int, ...]
+    tensors: Mapping[str, Tensor]
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, shape in _SHAPES.items():
+            tensor = self.tensors.get(name)
+            got = "nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
+            if tensor is None or tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
+                raise PolicyError(f"policy tensor {name}: expected float32 {shape}, got {got}")
+            if not torch.isfinite(tensor).all():
+                raise PolicyError(f"policy tensor {name}: expected finite values")
+        if not self.gammas or not all(0 < g <= at.GAMMA_MAX for g in self.gammas):
+            raise PolicyError(
+                f"policy gammas: expected values from 1 to {at.GAMMA_MAX}, got {self.gammas}"
+            )
+
+    def pack_into(self, buffer: Tensor) -> None:
+        """Write layout and weights into a policy buffer, float32 [POLICY_WORDS]."""
+        buffer[at.MLP_LAYOUT] = self.layout
+        for name, offset in _OFFSETS.items():
+            tensor = self.tensors[name]
+            buffer[offset : offset + tensor.numel()] = tensor.flatten()
+
+    def save(self, path: Path) -> None:
+        """Write the policy file; an interrupted save leaves the old file or none."""
+        tensors = {name: self.tensors[name].contiguous() for name in _SHAPES}
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "layout": next(name for name, value in _LAYOUTS.items() if value == self.layout),
+            "gammas": json.dumps(list(self.gammas)),
+            "sha256": _checksum(tensors),
+            "card": json.dumps(self.card, sort_keys=True),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> Mlp:
+        """Read a policy file.
+
+        Raises
+        ------
+        PolicyError
+            The file is missing, is no policy file, has another version, or fails its checksum.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:
+            raise PolicyError(f"policy file {path}: no such file") from None
+        except (SafetensorError, OSError) as error:
+            raise PolicyError(f"policy file {path}: not a safetensors file ({error})") from None
+        if metadata.get("format") != FORMAT:
+            raise PolicyError(f"policy file {path}: expected the format {FORMAT!r}")
+        if metadata.get("version") != VERSION:
+            raise PolicyError(
+                f"policy file {path}: expected version {VERSION}, got {metadata.get('version')}; "
+                "train it again with this version of speckv"
+            )
+        if metadata.get("sha256") != _checksum(tensors):
+            raise PolicyError(f"policy file {path}: corrupt, its checksum does not match")
+        try:
+            layout = _LAYOUTS[metadata["layout"]]
+            gammas = tuple(int(g) for g in json.loads(metadata["gammas"]))
+            card = json.loads(metadata["card"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise PolicyError(f"policy file {path}: bad metadata ({error!r})") from None
+        return cls(layout, gammas, tensors, card)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()

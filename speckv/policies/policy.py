@@ -1,0 +1,174 @@
+"""Policies by name, and their packing into the buffer of `speckv.kernels.layout`.
+
+========================  =====================================================================
+``fixed:K``               K draft tokens every step; ``fixed:0`` is plain decoding
+``entropy:T``             stop after the first draft token with an entropy above T bits
+``confidence:T``          stop after the first draft token with a confidence below T
+``paper``                 the paper's MLP and objective: most predicted tokens per step
+``speckv``                most tokens per second by the measured costs of this machine
+``file:PATH``             an MLP from a policy file
+========================  =====================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..kernels import layout as at
+from .cost import CostTable
+from .mlp import Mlp
+
+_EMA_WEIGHT = 0.1
+_PROBE_EVERY = 16
+_COMPRESSION_INDEX = {"fp32": 0, "fp16": 0, "bf16": 0, "int8": 1, "nf4": 2}
+_EXPECTED = "fixed:K, entropy:T, confidence:T, paper, speckv or file:PATH"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A rule that chooses γ.
+
+    Attributes
+    ----------
+    name : str
+        As the user gave it.
+    mode : int
+        ``MODE_*`` of `speckv.kernels.layout`.
+    gamma_cap : int
+        γ of a fixed policy, the largest γ of any other.
+    threshold : float
+        Bits (entropy) or a probability (confidence).
+    mlp : Mlp, optional
+        Of ``MODE_MLP``.
+    objective : int
+        ``OBJECTIVE_*``; the rate objective needs a cost table to be packed.
+    candidates : tuple of int
+        The γ that the MLP chooses from.
+    """
+
+    name: str
+    mode: int
+    gamma_cap: int = at.GAMMA_MAX
+    threshold: float = 0.0
+    mlp: Mlp | None = None
+    objective: int = at.OBJECTIVE_TOKENS
+    candidates: tuple[int, ...] = ()
+
+    @property
+    def never_drafts(self) -> bool:
+        """Whether this is plain decoding, for which no draft model need run."""
+        return self.gamma_cap == 0
+
+    @property
+    def needs_cost(self) -> bool:
+        """Whether `pack` needs a cost table."""
+        return self.mode == at.MODE_MLP and self.objective == at.OBJECTIVE_RATE
+
+    def pack(self, compression: str = "fp16", cost: CostTable | None = None) -> Tensor:
+        """The policy as the kernels read it.
+
+        Parameters
+        ----------
+        compression : str
+            Of the target; bf16 and fp32 count as fp16.
+        cost : CostTable, optional
+            Costs of a step on this machine; λ is the rate of plain decoding, so a draft that its own
+            predictions do not support is not used.
+
+        Returns
+        -------
+        float32 [POLICY_WORDS], on the CPU
+        """
+        buffer = torch.zeros(at.POLICY_WORDS)
+        buffer[at.MODE] = self.mode
+        buffer[at.OBJECTIVE] = self.objective
+        buffer[at.GAMMA_CAP] = self.gamma_cap
+        buffer[at.THRESHOLD] = self.threshold
+        buffer[at.PROBE_EVERY] = _PROBE_EVERY
+        buffer[at.COMPRESSION] = _COMPRESSION_INDEX[compression]
+        buffer[at.CANDIDATES] = sum(1 << g for g in self.candidates)
+        buffer[at.EMA_WEIGHT] = _EMA_WEIGHT
+        if self.mlp is not None:
+            self.mlp.pack_into(buffer)
+        if self.needs_cost:
+            if cost is None:
+                raise ValueError(f"policy {self.name!r} needs a cost table, got None")
+            buffer[at.COST : at.COST + at.WIDTH_MAX] = torch.tensor(cost.step_ms)
+            buffer[at.COST_PER_TOKEN : at.COST_PER_TOKEN + at.WIDTH_MAX] = torch.tensor(
+                cost.step_ms_per_context_token
+            )
+            buffer[at.RATE] = 1.0 / cost.step_ms[0]
+        return buffer
+
+
+def parse_policy(name: str | Policy) -> Policy:
+    """The policy of that name.
+
+    Raises
+    ------
+    ValueError
+        An unknown name, or a number that is missing or out of range.
+    PolicyError
+        A policy file that is missing, corrupt or of another version.
+    """
+    if isinstance(name, Policy):
+        return name
+    if not isinstance(name, str):
+        raise TypeError(f"policy: expected a name ({_EXPECTED}), got {type(name).__name__}")
+    kind, _, argument = name.partition(":")
+    if kind == "fixed":
+        gamma = _number(name, argument, int, 0, at.GAMMA_MAX)
+        return Policy(name, at.MODE_FIXED, gamma_cap=int(gamma))
+    if kind == "entropy":
+        return Policy(name, at.MODE_ENTROPY, threshold=_number(name, argument, float, 0, math.inf))
+    if kind == "confidence":
+        return Policy(name, at.MODE_CONFIDENCE, threshold=_number(name, argument, float, 0, 1))
+    if kind == "file" and argument:
+        return _of_mlp(name, Mlp.load(Path(argument)))
+    if name == "paper":
+        return _of_mlp(name, shipped_mlp("paper"))
+    if name == "speckv":
+        return _of_mlp(name, shipped_mlp("paper"), rate=True)
+    raise ValueError(f"policy: expected {_EXPECTED}, got {name!r}")
+
+
+def shipped_mlp(name: str) -> Mlp:
+    """The MLP that ships with the package under that name."""
+    with as_file(files(__package__) / "data" / f"{name}.safetensors") as path:
+        return Mlp.load(path)
+
+
+def _of_mlp(name: str, mlp: Mlp, rate: bool = False) -> Policy:
+    """The paper chooses among the γ it measured; the rate objective, among all up to the largest."""
+    rate = rate or mlp.layout == at.LAYOUT_SURVIVAL
+    largest = max(mlp.gammas)
+    candidates: Iterable[int] = range(largest + 1) if rate else mlp.gammas
+    return Policy(
+        name,
+        at.MODE_MLP,
+        gamma_cap=largest,
+        mlp=mlp,
+        objective=at.OBJECTIVE_RATE if rate else at.OBJECTIVE_TOKENS,
+        candidates=tuple(candidates),
+    )
+
+
+def _number(
+    name: str, text: str, kind: type[int] | type[float], low: float, high: float
+) -> float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not low <= value <= high or math.isinf(value):
+        what = "an integer" if kind is int else "a number"
+        bounds = f"of at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+        raise ValueError(f"policy {name!r}: expected {what} {bounds} after ':', got {text!r}")
+    return value
