@@ -1,0 +1,131 @@
+"""What the command line shows: statistics as a table, results as JSON, and a clean stdout."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from io import UnsupportedOperation
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.console import Console
+
+_BAR_WIDTH = 30
+_PARTS = ("draft", "verify", "decision")
+
+
+def stderr_console() -> Console:
+    """A rich console on stderr: stdout is kept for the text or the JSON object."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def show_stats(console: Console, stats: Mapping[str, Any]) -> None:
+    """Print a result's statistics, with the histogram of γ as bars.
+
+    Parameters
+    ----------
+    console : rich.console.Console
+        Where to print.
+    stats : mapping
+        ``result.stats.to_dict()``: times in seconds, inter-token times in ms.
+    """
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column()
+    seconds, inter_token = stats["seconds"], stats["inter_token_ms"]
+    parts = ", ".join(f"{name} {_number(seconds[name], 2)}" for name in _PARTS)
+    table.add_row("tokens/s", _number(stats["tokens_per_second"], 1))
+    table.add_row("tokens/step", f"{_number(stats['tokens_per_step'], 2)} ({stats['steps']} steps)")
+    table.add_row("acceptance", _percent(stats["acceptance_rate"]))
+    table.add_row("seconds", f"{_number(seconds['total'], 2)} ({parts})")
+    table.add_row("first token", f"{_milliseconds(stats['time_to_first_token'])} ms")
+    table.add_row(
+        "inter-token",
+        f"p50 {_number(inter_token['p50'], 1)} ms, p99 {_number(inter_token['p99'], 1)} ms",
+    )
+    console.print(table)
+    histogram = {int(gamma): int(steps) for gamma, steps in stats["gamma_histogram"].items()}
+    for line in histogram_lines(histogram):
+        console.print(line, markup=False)
+
+
+def histogram_lines(histogram: Mapping[int, int]) -> list[str]:
+    """One line per γ from 0 to the largest used: its value, its steps and a bar.
+
+    >>> histogram_lines({2: 4, 0: 1})
+    ['γ  0 │███████▌                      │ 1', 'γ  1 │                              │ 0', \
+'γ  2 │██████████████████████████████│ 4']
+    """
+    if not histogram:
+        return []
+    most = max(histogram.values())
+    return [
+        f"γ {gamma:2d} │{_bar(histogram.get(gamma, 0), most):<{_BAR_WIDTH}}│ "
+        f"{histogram.get(gamma, 0)}"
+        for gamma in range(max(histogram) + 1)
+    ]
+
+
+def to_json(document: Mapping[str, Any]) -> str:
+    """One line of strict JSON; NaN and infinities, which JSON lacks, become null."""
+    return json.dumps(_finite(document), allow_nan=False)
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """Send whatever is written to stdout, by child processes too, to stderr meanwhile."""
+    sys.stdout.flush()
+    try:
+        descriptor, replacement = sys.stdout.fileno(), sys.stderr.fileno()
+        saved = os.dup(descriptor)
+    except (UnsupportedOperation, OSError):
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    try:
+        os.dup2(replacement, descriptor)
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(saved, descriptor)
+        os.close(saved)
+
+
+def _bar(count: int, most: int) -> str:
+    eighths = round(count / most * _BAR_WIDTH * 8) if most else 0
+    if count and not eighths:
+        eighths = 1
+    full, rest = divmod(eighths, 8)
+    return "█" * full + (" ▏▎▍▌▋▊▉"[rest] if rest else "")
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "n/a" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return _number(None if value is None else 100 * value, 1) + ("" if value is None else "%")
+
+
+def _milliseconds(value: float | None) -> str:
+    return _number(None if value is None else 1000 * value, 0)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

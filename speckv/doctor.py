@@ -1,0 +1,357 @@
+"""What ``speckv doctor`` looks at: versions, devices, kernels, the default model.
+
+Kernels are compiled ahead of time in a child process: one that has ``TRITON_INTERPRET`` set could
+not compile them, and a compiler crash must not take the report down with it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "gguf", "safetensors")
+_CPU_FLAGS = {"avx2": "avx2", "avx512": "avx512f", "avx512_bf16": "avx512_bf16", "amx": "amx_tile"}
+_COMPILE_TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class KernelCheck:
+    """One compilation; ``problem`` is ``None`` if it succeeded within its limits.
+
+    Registers are per thread, spills in bytes per thread, shared memory in bytes per program.
+    """
+
+    kernel: str
+    variant: str
+    arch: str
+    registers: int | None
+    spills: int | None
+    shared_bytes: int | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Something that is not there or does not fit, and how to get it."""
+
+    what: str
+    why: str
+    get: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything found; ``to_dict`` is the JSON form."""
+
+    versions: dict[str, str | None]
+    system: dict[str, Any]
+    devices: list[dict[str, Any]]
+    kernels: list[KernelCheck]
+    model: dict[str, Any]
+    missing: list[Missing]
+    cpu_works: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings, numbers and booleans."""
+        return asdict(self)
+
+
+def examine(console: Console) -> Report:
+    """Examine this machine; takes seconds, or a minute where kernels compile for the first time.
+
+    Parameters
+    ----------
+    console : rich.console.Console
+        Where progress is shown while kernels compile.
+    """
+    missing: list[Missing] = []
+    versions: dict[str, str | None] = {
+        "speckv": __version__,
+        "python": platform.python_version(),
+        **{name: _installed(name) for name in _PACKAGES},
+    }
+    missing += _package_problems(versions)
+    cpu_problem = _cpu_problem()
+    if cpu_problem is not None:
+        missing.append(Missing("the CPU path", cpu_problem, "pip install --force-reinstall speckv"))
+    kernels, kernel_problem = _check_kernels(console, versions)
+    if kernel_problem is not None:
+        missing.append(kernel_problem)
+    model = _default_model()
+    if not model["cached"]:
+        missing.append(
+            Missing(
+                f"the default model, {model['name']}",
+                f"not in {model['folder']}",
+                "speckv generate fetches and converts it on first use (98 MB)",
+            )
+        )
+    devices = _devices(versions)
+    if not any(device["type"] == "cuda" for device in devices):
+        missing.append(
+            Missing(
+                "a CUDA device",
+                "torch sees none; everything runs on the CPU",
+                "an NVIDIA GPU, its driver and a CUDA build of torch",
+            )
+        )
+    return Report(
+        versions=versions,
+        system={"os": f"{platform.system()} {platform.release()}", **_cpu()},
+        devices=devices,
+        kernels=kernels,
+        model=model,
+        missing=missing,
+        cpu_works=cpu_problem is None,
+    )
+
+
+def show(console: Console, report: Report) -> None:
+    """Print a report for people."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    facts.add_column(style="dim")
+    facts.add_column(overflow="fold")
+    for name, version in report.versions.items():
+        facts.add_row(name, version or "[red]missing[/red]")
+    features = [name for name, present in report.system["features"].items() if present]
+    facts.add_row("system", escape(report.system["os"]))
+    facts.add_row("cpu", escape(f"{report.system['cpu']}, {report.system['threads']} threads"))
+    facts.add_row("cpu features", ", ".join(features) or "none of those speckv profits from")
+    for device in report.devices:
+        facts.add_row("device", escape(device["name"]))
+    cached = report.model["folder"] if report.model["cached"] else "not fetched yet"
+    facts.add_row("default model", escape(f"{report.model['name']}: {cached}"))
+    console.print(facts)
+
+    if report.kernels:
+        table = Table(
+            box=None, padding=(0, 2, 0, 0), header_style="dim", title="kernels, ahead of time"
+        )
+        for heading in ("kernel", "variant", "target", "registers", "spills", "shared", ""):
+            table.add_column(heading, overflow="fold")
+        for check in report.kernels:
+            numbers = (check.registers, check.spills, check.shared_bytes)
+            table.add_row(
+                escape(check.kernel),
+                escape(check.variant),
+                check.arch,
+                *("" if number is None else str(number) for number in numbers),
+                "ok" if check.problem is None else f"[red]{escape(check.problem)}[/red]",
+            )
+        console.print(table)
+
+    for item in report.missing:
+        console.print(f"[yellow]missing[/yellow] {escape(f'{item.what}: {item.why}')}")
+        console.print(f"        {escape(item.get)}")
+    console.print("the CPU path works" if report.cpu_works else "[red]the CPU path fails[/red]")
+
+
+def compile_kernels() -> Iterator[dict[str, Any]]:
+    """Compile every registered variant for every target, one plain dict each.
+
+    The first one is ``{"total": n}``; the others have the fields of `KernelCheck`.
+
+    Raises
+    ------
+    ImportError
+        Without triton.
+    """
+    from .kernels import registry
+
+    jobs = [
+        (spec, variant, arch)
+        for spec in registry.all_specs()
+        for variant in spec.variants
+        for arch in registry.ARCHITECTURES
+    ]
+    yield {"total": len(jobs)}
+    for spec, variant, arch in jobs:
+        check: dict[str, Any] = {"kernel": spec.name, "variant": variant.name, "arch": arch}
+        check |= dict.fromkeys(("registers", "spills", "shared_bytes", "problem"))
+        try:
+            used = registry.compile_variant(spec, variant, arch)
+        except Exception as error:  # a compiler raises anything, and the others still matter
+            check["problem"] = f"does not compile: {_one_line(error)}"
+        else:
+            check |= {
+                "registers": used.registers,
+                "spills": used.spills,
+                "shared_bytes": used.shared_bytes,
+            }
+            if used.spills:
+                check["problem"] = f"spills {used.spills} bytes"
+            elif used.registers > spec.max_registers:
+                check["problem"] = f"more than {spec.max_registers} registers"
+            elif used.shared_bytes > spec.max_shared_bytes:
+                check["problem"] = f"more than {spec.max_shared_bytes} bytes shared"
+        yield check
+
+
+def _check_kernels(
+    console: Console, versions: dict[str, str | None]
+) -> tuple[list[KernelCheck], Missing | None]:
+    if versions["triton"] is None:
+        return [], None  # already reported as a missing package
+
+    from rich.progress import Progress
+
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    program = (
+        f"import sys; sys.path.insert(0, {root!r})\n"
+        "import json\n"
+        "from speckv.doctor import compile_kernels\n"
+        "for line in compile_kernels(): print(json.dumps(line), flush=True)\n"
+    )
+    checks: list[KernelCheck] = []
+    total = 0
+    with (
+        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as complaints,
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=complaints,
+            env=environment,
+            text=True,
+        ) as child,
+    ):
+        assert child.stdout is not None
+        watchdog = threading.Timer(_COMPILE_TIMEOUT_S, child.kill)
+        watchdog.daemon = True
+        watchdog.start()
+        task = progress.add_task("compiling kernels", total=None)
+        for line in child.stdout:
+            record = json.loads(line)
+            if "total" in record:
+                total = record["total"]
+                progress.update(task, total=total)
+            else:
+                checks.append(KernelCheck(**record))
+                progress.advance(task)
+        child.wait()
+        watchdog.cancel()
+        complaints.seek(0)
+        message = complaints.read()
+    if child.returncode == 0 and len(checks) == total:
+        return checks, None
+    last = message.strip().splitlines()[-1:] or [f"the compiler ended with {child.returncode}"]
+    return checks, Missing(
+        "ahead-of-time compilation", last[0], "GPU kernels need Triton on Linux; the CPU does not"
+    )
+
+
+def _package_problems(versions: dict[str, str | None]) -> Iterator[Missing]:
+    """Packages that are absent, or outside the range speckv declares (where it is installed)."""
+    ranges = _declared_ranges()
+    for name in _PACKAGES:
+        version, allowed = versions[name], ranges.get(name)
+        wanted = f"pip install '{name}{allowed or ''}'"
+        if version is None:
+            yield Missing(name, "not installed", wanted)
+        elif allowed is not None and not allowed.contains(version, prereleases=True):
+            yield Missing(name, f"{version} is outside {allowed}", wanted)
+
+
+def _declared_ranges() -> dict[str, Any]:
+    try:
+        from packaging.requirements import Requirement
+
+        declared = importlib.metadata.requires("speckv") or []
+    except (ImportError, importlib.metadata.PackageNotFoundError):
+        return {}
+    requirements = [Requirement(text) for text in declared]
+    return {r.name: r.specifier for r in requirements if r.marker is None or r.marker.evaluate()}
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_problem() -> str | None:
+    """Why generation on the CPU cannot work, ``None`` if its modules import and torch computes."""
+    try:
+        import torch
+
+        for name in ("speckv.kernels.reference", "speckv.engine", "transformers"):
+            importlib.import_module(name)
+        if float((torch.ones(2, 2) @ torch.ones(2, 2)).sum()) != 8.0:
+            return "torch computes a wrong product"
+    except Exception as error:  # any failure to import is an answer here
+        return _one_line(error)
+    return None
+
+
+def _cpu() -> dict[str, Any]:
+    """Model name, thread count and vector extensions; Linux tells most."""
+    fields: dict[str, str] = {}
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines():
+            key, _, value = line.partition(":")
+            fields[key.strip()] = value.strip()
+    flags = fields.get("flags", "").split()
+    return {
+        "cpu": fields.get("model name") or platform.processor() or platform.machine(),
+        "threads": os.cpu_count() or 1,
+        "features": {name: flag in flags for name, flag in _CPU_FLAGS.items()},
+    }
+
+
+def _devices(versions: dict[str, str | None]) -> list[dict[str, Any]]:
+    devices: list[dict[str, Any]] = [{"type": "cpu", "name": "cpu"}]
+    if versions["torch"] is None:
+        return devices
+    import torch
+
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        gib = properties.total_memory / 2**30
+        devices.append(
+            {
+                "type": "cuda",
+                "name": f"cuda:{index} {properties.name}, sm_{properties.major}{properties.minor}, "
+                f"{gib:.0f} GiB",
+            }
+        )
+    return devices
+
+
+def _default_model() -> dict[str, Any]:
+    """Name, folder and presence of the default target, without fetching or loading it."""
+    root = os.environ.get("SPECKV_CACHE") or os.path.join("~", ".cache", "speckv")
+    folder = Path(root).expanduser()
+    weights = sorted(folder.glob("**/*.safetensors")) if folder.is_dir() else []
+    return {
+        "name": "SmolLM2-135M-Instruct",
+        "folder": str(weights[0].parent if weights else folder),
+        "cached": bool(weights),
+    }
+
+
+def _one_line(error: Exception) -> str:
+    """The last line of a message: where compilers and chained import errors say what is wrong."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].strip()

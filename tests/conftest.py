@@ -1,0 +1,128 @@
+"""Which tests run in which process, the audit of skips, and what losslessness tests covered.
+
+Triton chooses between its interpreter and its compiler when a kernel is first imported, so a process
+runs either ``interpreter`` tests or ``aot`` tests; see CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+_OFFENCES = pytest.StashKey[list[str]]()
+
+
+def _hide_source_folder() -> None:
+    """Keep ``kernels/``, which the repository root on sys.path exposes, from passing for another.
+
+    Hugging Face distributes an optional package of that name, and transformers would take ours
+    for it. A distribution that is really installed stays importable.
+    """
+    spec = importlib.util.find_spec("kernels")
+    if spec is not None and spec.origin == str(HERE.parent / "kernels" / "__init__.py"):
+        sys.modules["kernels"] = None  # type: ignore[assignment]
+
+
+_hide_source_folder()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_OFFENCES] = []
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept, wrong_mode, needing_gpu = [], [], []
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        if HERE / "kernels" in item.path.parents and not marks & {"aot", "gpu", "interpreter"}:
+            item.add_marker("interpreter")
+            marks.add("interpreter")
+        if "gpu" in marks:
+            needing_gpu.append(item)
+        unsuited = marks & ({"aot", "gpu"} if INTERPRETED else {"interpreter"})
+        (wrong_mode if unsuited else kept).append(item)
+    if wrong_mode:
+        config.hook.pytest_deselected(items=wrong_mode)
+        items[:] = kept
+    if needing_gpu and not _has_gpu():
+        for item in needing_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if item.get_closest_marker("gpu") is None:
+        _audit(item.config, report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _audit(collector.config, report)
+    return report
+
+
+def _audit(config: pytest.Config, report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Note a skip that is neither an expected failure nor explained by absent data."""
+    if not report.skipped or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    reason = reason.removeprefix("Skipped: ")
+    if not reason.startswith("data:"):
+        config.stash[_OFFENCES].append(f"{report.nodeid}: {reason}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    offences = terminalreporter.config.stash[_OFFENCES]
+    if offences:
+        terminalreporter.section("skip audit", red=True)
+        terminalreporter.line(
+            "Only tests marked gpu may skip, and those whose reason starts with 'data:':"
+        )
+        for offence in offences:
+            terminalreporter.line(f"  {offence}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    passing = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+    if session.config.stash[_OFFENCES] and exitstatus in passing:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture
+def lossless(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """Record a cell of the losslessness grid for `make test-full`, before comparing its tokens.
+
+    Call it with the axes as strings and the amount as integers, for example ``lossless(
+    policy="fixed:4", compression="int8", sampling="greedy", batch="4", sequences=4, tokens=128)``.
+    """
+
+    def record(*, sequences: int, tokens: int, **axes: str) -> None:
+        cell: dict[str, Any] = {"axes": axes, "sequences": sequences, "tokens": tokens}
+        record_property("lossless", json.dumps(cell, sort_keys=True))
+
+    return record
