@@ -27,7 +27,7 @@ def _gumbel_of(words):
 
 @triton.jit
 def _gumbel_run(seed, request, index, purpose, o_first, BLOCK: tl.constexpr):
-    """Noise of ``BLOCK`` consecutive token ids from ``o_first``, a multiple of 4: one Philox per 4."""
+    """Noise of ``BLOCK`` token ids from ``o_first``, a multiple of 4: one Philox per 4 ids."""
     o_quad = (o_first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     zero = o_quad * 0
     w0, w1, w2, w3 = tl.philox(

@@ -1,8 +1,8 @@
 """Shapes and word positions of the tensors that the kernels, the reference and the loop share.
 
-Row state (``StepState``) lives on the device for the whole generation. One int32 row of counters and
-one float32 row of running features per sequence keep the kernels' argument lists short; the names
-below are the only way either is indexed.
+Row state (``StepState``) lives on the device for the whole generation. One int32 row of counters
+and one float32 row of running features per sequence keep the kernels' argument lists short; the
+names below are the only way either is indexed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DONE = 4  # one of RUNNING, DONE_STOP, DONE_LENGTH, DONE_ERROR
 GAMMA = 5  # of the last step: draft tokens verified
 ACCEPTED = 6  # of the last step: draft tokens kept
 COMMITTED = 7  # of the last step: tokens appended to the sequence
-STEP = 8  # verifications so far, the one after prefill included; keys the noise of rejection sampling
+STEP = 8  # verifications so far, that after prefill included; keys rejection's noise
 PLAIN_RUN = 9  # consecutive steps with γ=0
 REQUEST = 10  # request id, keys the noise
 ERROR = 11  # bits ERROR_DRAFT, ERROR_TARGET
@@ -115,6 +115,12 @@ class StepState:
             running=torch.zeros(batch, RUNNING_WORDS, dtype=torch.float32, device=device),
             sequence=torch.zeros(batch, capacity, dtype=torch.int32, device=device),
             signals=torch.zeros(batch, GAMMA_MAX, SIGNALS, dtype=torch.float32, device=device),
+        )
+
+    def narrow(self, batch: int) -> StepState:
+        """A view of the first ``batch`` rows."""
+        return StepState(
+            self.rows[:batch], self.running[:batch], self.sequence[:batch], self.signals[:batch]
         )
 
     def reset(self, row: int, prompt: list[int], limit: int, request: int) -> None:

@@ -28,8 +28,8 @@ class SamplingParams:
         64 bits. The same seed gives the same tokens, whatever the policy. None draws one; the
         result tells which.
     coupling : "gumbel" | "rejection"
-        Gumbel coupling gives exactly the tokens of plain sampling with that seed. Rejection sampling
-        accepts more draft tokens and is exact in distribution only.
+        Gumbel coupling gives exactly the tokens of plain sampling with that seed. Rejection
+        sampling accepts more draft tokens and is exact in distribution only.
     stop : tuple of str
         Texts that end the request; they are not part of the result's text.
     stop_token_ids : tuple of int

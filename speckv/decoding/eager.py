@@ -3,11 +3,11 @@
 This is the specification of every faster loop. State is on the device (`StepState`); the host
 reads it after each operation to know whom to draft for and when to end.
 
-Coherence of the draft's KV cache. Let L be a row's committed length at the start of a step. The last
-committed token is in neither cache. The target's cache holds L - 1 tokens at every step. The
-draft's holds ``draft_length`` of them: after a step with γ > 0 and a accepted tokens it holds
-L + min(a, γ - 1), because its last token was never fed to it; after steps with γ = 0 it lags by one more
-each. The first draft forward of a step feeds what is missing. Rollback is a smaller length.
+Coherence of the draft's KV cache. Let L be a row's committed length at the start of a step. The
+last committed token is in neither cache. The target's cache holds L - 1 tokens at every step. The
+draft's holds ``draft_length`` of them: after a step with γ > 0 and a accepted tokens it holds L +
+min(a, γ - 1), because its last token was never fed to it; after steps with γ = 0 it lags by one
+more each. The first draft forward of a step feeds what is missing. Rollback is a smaller length.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class StepRecord:
     ----------
     row : int
     gamma, accepted : int
-        Draft tokens verified and kept. The token that prefill yields has ``gamma`` -1: it is no step.
+        Draft tokens verified and kept. The token that prefill yields has ``gamma`` -1: it is no
+        step.
     tokens : list of int
         The tokens committed.
     done : int
@@ -140,10 +141,7 @@ class EagerLoop:
                 f"got {requests.size} of {max(requests.limits)}"
             )
         self.seconds = Seconds()
-        whole = self._state
-        state = StepState(
-            *(t[: requests.size] for t in (whole.rows, whole.running, whole.sequence, whole.signals))
-        )
+        state = self._state.narrow(requests.size)
         for row, prompt in enumerate(requests.prompts):
             state.reset(row, prompt, requests.limits[row], requests.request_ids[row])
         return state
@@ -315,14 +313,14 @@ class _DraftRows:
         )
 
     def store(self, slots: list[int], index: list[int], *rows: Tensor) -> None:
-        """Keep draft token ``index[i]`` of row ``slots[i]``: its logits, cutoff and lse [B, ...]."""
+        """Keep logits, cutoff and lse [B, ...] of draft token ``index[i]`` of row ``slots[i]``."""
         for b, j in zip(slots, index, strict=True):
             for kept, new in zip((self.logits, self.cutoffs, self.lse), rows, strict=True):
                 kept[b, j] = new[b]
 
 
 def operations(device: torch.device) -> Any:
-    """`draft_step`, `verify`, `verify_rejection` and `cutoff`: kernels on CUDA, else the reference."""
+    """Where `draft_step`, `verify` and `cutoff` come from: kernels on CUDA, else the reference."""
     if device.type != "cuda":
         return reference
     from .. import kernels
@@ -373,7 +371,7 @@ def gather(sequence: Tensor, slots: list[int], start: list[int], width: int) -> 
 
 
 def scatter(rows: Tensor, slots: list[int], size: int) -> Tensor:
-    """Rows [len(slots), ...] at their places among ``size``; the others are zero and not to be read."""
+    """Rows [len(slots), ...] at their places among ``size``; the others are zero, for no reader."""
     if len(slots) == size:
         return rows
     full = rows.new_zeros(size, *rows.shape[1:])

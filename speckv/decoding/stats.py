@@ -21,8 +21,8 @@ class Stats:
         Committed tokens, after truncation at EOS, stop text and length.
     prompt_tokens : int
     seconds : dict of str to float
-        ``prefill``, ``draft``, ``verify``, ``decision`` (signals, token choice and γ) and ``total``;
-        host wall time, of the whole batch where requests ran together.
+        ``prefill``, ``draft``, ``verify``, ``decision`` (signals, token choice and γ) and
+        ``total``; host wall time, of the whole batch where requests ran together.
     token_times : list of float
         Seconds from the start of the request to the commitment of each token.
     """

@@ -1,7 +1,8 @@
 """The γ-MLP's weights and their file.
 
-A policy file is safetensors: the five weight tensors and the input standardisation, and metadata with
-``format``, ``version``, ``layout``, ``gammas``, a SHA-256 over the tensors, and a training card.
+A policy file is safetensors: the five weight tensors and the input standardisation, and metadata
+with ``format``, ``version``, ``layout``, ``gammas``, a SHA-256 over the tensors, and a training
+card.
 """
 
 from __future__ import annotations

@@ -79,8 +79,8 @@ class Policy:
         compression : str
             Of the target; bf16 and fp32 count as fp16.
         cost : CostTable, optional
-            Costs of a step on this machine; λ is the rate of plain decoding, so a draft that its own
-            predictions do not support is not used.
+            Costs of a step on this machine; λ is the rate of plain decoding, so a draft that its
+            own predictions do not support is not used.
 
         Returns
         -------
@@ -146,7 +146,7 @@ def shipped_mlp(name: str) -> Mlp:
 
 
 def _of_mlp(name: str, mlp: Mlp, rate: bool = False) -> Policy:
-    """The paper chooses among the γ it measured; the rate objective, among all up to the largest."""
+    """The paper chooses among the γ it measured; the rate objective among all up to those."""
     rate = rate or mlp.layout == at.LAYOUT_SURVIVAL
     largest = max(mlp.gammas)
     candidates: Iterable[int] = range(largest + 1) if rate else mlp.gammas

@@ -2,8 +2,8 @@
 
 Inputs: mean draft entropy (bits), mean confidence, max entropy, min confidence of the block, the
 compression's index, and γ; output: the acceptance rate. scikit-learn's `MLPRegressor` with 16 ReLU
-units, not standardised, 500 iterations, ``random_state=42``; scored on a held-out fifth, stratified by
-compression and task, then refitted on all rows.
+units, not standardised, 500 iterations, ``random_state=42``; scored on a held-out fifth, stratified
+by compression and task, then refitted on all rows.
 """
 
 from __future__ import annotations

@@ -1,0 +1,435 @@
+"""The engine: a target, a draft, a policy, and requests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Mapping, Sequence
+from numbers import Integral
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .decoding.calibrate import calibrated
+from .decoding.eager import EagerLoop, StepRecord
+from .decoding.requests import RequestBatch
+from .decoding.stats import Stats
+from .errors import SpeckvError
+from .kernels.layout import DONE_LENGTH, DONE_STOP
+from .models.base import CausalModel
+from .models.loading import load_model
+from .models.pairing import eos_token_ids, load_draft
+from .models.tokenizers import apply_chat_template
+from .policies import CostTable, Policy, parse_policy
+from .results import Chunk, GenerationInterrupted, Result
+from .sampling import SamplingParams
+from .text import TextStream
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""Text, token ids, or (with ``chat=True``) chat messages."""
+
+_FINISH = {DONE_STOP: "stop", DONE_LENGTH: "length"}
+
+
+class Engine:
+    """Speculative decoding with one target, one draft and a policy.
+
+    Parameters
+    ----------
+    target : CausalModel
+    tokenizer : transformers tokenizer of the target
+    draft : CausalModel, optional
+        None allows ``fixed:0`` only.
+    policy : str or Policy
+        See `speckv.policies`.
+    id_map : int32 [V_draft], optional
+        Target id of each draft id.
+    max_batch_size : int
+        Longer lists of prompts are decoded in groups of this many.
+    cost : CostTable, optional
+        Costs for the rate objective; measured and cached by default.
+
+    Examples
+    --------
+    >>> engine = Engine.from_pretrained()                                   # doctest: +SKIP
+    >>> engine.generate("The capital of France is").text                    # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        target: CausalModel,
+        tokenizer: Any,
+        draft: CausalModel | None = None,
+        *,
+        policy: str | Policy = "speckv",
+        id_map: Tensor | None = None,
+        max_batch_size: int = 8,
+        cost: CostTable | None = None,
+    ) -> None:
+        if max_batch_size < 1:
+            raise ValueError(f"max_batch_size: expected at least 1, got {max_batch_size}")
+        self.target, self.tokenizer, self.draft = target, tokenizer, draft
+        self.policy = self._usable(parse_policy(policy))
+        self.max_batch_size = max_batch_size
+        models = [target] if draft is None else [target, draft]
+        self.max_length = min(model.max_positions for model in models)
+        self._id_map = id_map
+        self._cost = cost
+        self._loop: EagerLoop | None = None
+        self._packed: dict[str, Tensor] = {}
+        self._busy = Lock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        target: str | None = None,
+        draft: str | None = None,
+        *,
+        compression: str | None = None,
+        policy: str | Policy = "speckv",
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        max_batch_size: int = 8,
+        progress: bool = True,
+    ) -> Engine:
+        """Load a pair of models.
+
+        Parameters
+        ----------
+        target : str, optional
+            Hub id, folder, GGUF file, or a name of `speckv.models.hub`; SmolLM2-135M-Instruct by
+            default.
+        draft : str, optional
+            Likewise, or ``first:N`` for the target's own first N layers, which is the default.
+        compression : "fp32" | "fp16" | "bf16" | "int8" | "nf4", optional
+            Weight format of the target.
+        device : optional
+            CUDA where there is one, else the CPU.
+        dtype : optional
+            Of activations and KV cache.
+        progress : bool
+            Whether slow parts of loading show progress on stderr.
+
+        Raises
+        ------
+        ValueError
+            A bad name, a conflict of compression and dtype, incompatible vocabularies.
+        ModelError
+            A model that cannot be found, read or fetched.
+        """
+        parsed = parse_policy(policy)
+        model, tokenizer = load_model(
+            target, compression=compression, dtype=dtype, device=device, progress=progress
+        )
+        drafted, id_map = load_draft(draft, model, tokenizer, progress=progress)
+        return cls(
+            model,
+            tokenizer,
+            drafted,
+            policy=parsed,
+            id_map=id_map,
+            max_batch_size=max_batch_size,
+        )
+
+    def describe(self) -> str:
+        """One line: models, weight format, device and policy."""
+        target = self.target
+        draft = "none" if self.draft is None else self.draft.name
+        dtype = str(target.dtype).removeprefix("torch.")
+        return (
+            f"target {target.name} ({target.compression}, {dtype}), draft {draft}, "
+            f"policy {self.policy.name}, eager loop on {target.device}"
+        )
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        chat: bool = False,
+        policy: str | Policy | None = None,
+    ) -> Any:
+        """Decode one prompt or a list of prompts.
+
+        Parameters
+        ----------
+        prompt : str, list of int, or a list of either
+            With ``chat``: a user's message or a list of messages, or a list of either.
+        params : SamplingParams or a list of them, optional
+            One for all prompts or one each.
+        chat : bool
+            Apply the tokenizer's chat template.
+        policy : str or Policy, optional
+            Instead of the engine's.
+
+        Returns
+        -------
+        Result, or a list of Result for a list of prompts
+
+        Raises
+        ------
+        ValueError, TypeError
+            An empty prompt, one beyond the context, a bad policy or parameter.
+        NumericsError
+            A model's logits held NaN.
+        GenerationInterrupted
+            Ctrl-C; a KeyboardInterrupt that carries the results so far.
+        """
+        prompts, many = self._prompts(prompt, chat)
+        each = self._params(params, len(prompts))
+        chosen = self._policy(policy)
+        results: list[Result] = []
+        for first in range(0, len(prompts), self.max_batch_size):
+            part = slice(first, first + self.max_batch_size)
+            run = _Generation(self, prompts[part], each[part], chosen, first)
+            for _ in run.chunks():
+                pass
+            results += run.results()
+            if run.interrupted:
+                raise GenerationInterrupted(results)
+        return results if many else results[0]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        chat: bool = False,
+        policy: str | Policy | None = None,
+    ) -> Generator[Chunk, None, None]:
+        """Decode one prompt and yield its text as it is committed.
+
+        The last chunk carries the `Result`. Ctrl-C ends the stream with what there is and the
+        finish reason ``interrupted``. Parameters and errors are those of `generate`, raised at the
+        call, before the first chunk is asked for.
+        """
+        prompts, many = self._prompts(prompt, chat)
+        if many:
+            raise TypeError("prompt: expected one prompt to stream, got a list of them")
+        each = self._params(params, 1)
+        return _Generation(self, prompts, each, self._policy(policy), first_request=0).chunks()
+
+    def warmup(self, batch_size: int = 1, length: int = 2048) -> None:
+        """Prepare for requests of up to ``batch_size`` rows and ``length`` tokens.
+
+        Allocates caches, compiles kernels, packs the policy (measuring its costs where it needs
+        them): requests within these bounds do none of it.
+        """
+        length = min(length, self.max_length)
+        self._loop_for(min(batch_size, self.max_batch_size), length)
+        prompt = [[1, 2, 3]] * min(batch_size, self.max_batch_size)
+        for temperature in (0.0, 1.0):
+            params = SamplingParams(
+                max_new_tokens=8, temperature=temperature, seed=0, ignore_eos=True, top_k=5
+            )
+            self.generate(prompt, params)
+
+    def _prompts(self, prompt: Any, chat: bool) -> tuple[list[list[int]], bool]:
+        many = not isinstance(prompt, str) and isinstance(prompt, Sequence) and not _is_one(prompt)
+        prompts = [self._tokens(p, chat) for p in (prompt if many else [prompt])]
+        if not prompts:
+            raise ValueError("prompt: expected at least one, got an empty list")
+        return prompts, many
+
+    def _tokens(self, prompt: Any, chat: bool) -> list[int]:
+        """Token ids of one prompt, validated."""
+        if chat and not _is_ids(prompt):
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            if not messages or not all(str(m.get("content", "")).strip() for m in messages):
+                raise ValueError("prompt: expected a message that is not empty")
+            ids = apply_chat_template(self.tokenizer, list(messages))
+        elif isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+        elif _is_ids(prompt):
+            ids = [int(token) for token in prompt]
+        else:
+            raise TypeError(
+                f"prompt: expected text or token ids{', or messages with chat=True' * (not chat)}, "
+                f"got {type(prompt).__name__}"
+            )
+        if not ids:
+            raise ValueError("prompt: expected at least one token, got an empty prompt")
+        bad = [token for token in ids if not 0 <= token < self.target.vocab_size]
+        if bad:
+            raise ValueError(
+                f"prompt: expected token ids from 0 to {self.target.vocab_size - 1}, got {bad[0]}"
+            )
+        if len(ids) >= self.max_length:
+            raise ValueError(
+                f"prompt: expected at most {self.max_length - 1} tokens (the context is "
+                f"{self.max_length}), got {len(ids)}"
+            )
+        return ids
+
+    @staticmethod
+    def _params(
+        params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> list[SamplingParams]:
+        if params is None:
+            params = SamplingParams()
+        each = [params] * count if isinstance(params, SamplingParams) else list(params)
+        if len(each) != count:
+            raise ValueError(f"params: expected {count}, one for each prompt, got {len(each)}")
+        for p in each:
+            if not isinstance(p, SamplingParams):
+                raise TypeError(f"params: expected SamplingParams, got {type(p).__name__}")
+        return [p.seeded() for p in each]
+
+    def _policy(self, policy: str | Policy | None) -> Policy:
+        return self.policy if policy is None else self._usable(parse_policy(policy))
+
+    def _usable(self, policy: Policy) -> Policy:
+        if self.draft is None and not policy.never_drafts:
+            raise ValueError(
+                f"policy: expected fixed:0, since there is no draft model, got {policy.name!r}"
+            )
+        return policy
+
+    def _pack(self, policy: Policy) -> Tensor:
+        if policy.name not in self._packed:
+            if policy.needs_cost and self._cost is None and self.draft is not None:
+                self._cost = calibrated(self.target, self.draft)
+            self._packed[policy.name] = policy.pack(self.target.compression, self._cost).to(
+                self.target.device
+            )
+        return self._packed[policy.name]
+
+    def _loop_for(self, batch: int, length: int) -> EagerLoop:
+        """The loop, grown where a request needs more rows or a longer context."""
+        loop = self._loop
+        if loop is None or loop.batch < batch or loop.capacity < length:
+            batch = max(batch, loop.batch if loop else 0)
+            length = max(length, loop.capacity if loop else 0)
+            length = min(-(-length // 512) * 512, self.max_length)
+            self._loop = None  # its memory goes before the new one's comes
+            loop = EagerLoop(
+                self.target, self.draft, batch=batch, capacity=length, id_map=self._id_map
+            )
+            self._loop = loop
+        return loop
+
+
+class _Generation:
+    """One batch on its way: tokens to text, stop texts, statistics, interruption."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+        policy: Policy,
+        first_request: int,
+    ) -> None:
+        self._engine, self._policy = engine, policy
+        self._prompts, self._params = prompts, params
+        self._requests = RequestBatch.build(
+            prompts,
+            params,
+            eos_ids=eos_token_ids(engine.target, engine.tokenizer),
+            max_length=engine.max_length,
+            device=engine.target.device,
+            first_request=first_request,
+        )
+        size = len(prompts)
+        self._tokens: list[list[int]] = [[] for _ in range(size)]
+        self._texts = [TextStream(engine.tokenizer, p.stop) for p in params]
+        self._stats = [Stats(prompt_tokens=len(p)) for p in prompts]
+        self._finish: list[str | None] = [None] * size
+        self.interrupted = False
+
+    def chunks(self) -> Generator[Chunk, None, None]:
+        """Run; yields a chunk for each row of each step.
+
+        Raises
+        ------
+        SpeckvError
+            Another request is running: they would share one state.
+        """
+        engine = self._engine
+        if not engine._busy.acquire(blocking=False):
+            raise SpeckvError("the engine is busy: finish or close the running request first")
+        try:
+            yield from self._run(engine)
+        finally:
+            engine._busy.release()
+
+    def _run(self, engine: Engine) -> Generator[Chunk, None, None]:
+        packed = engine._pack(self._policy)
+        loop = engine._loop_for(self._requests.size, max(self._requests.limits))
+        start = time.perf_counter()
+        try:
+            for records in loop.run(self._requests, packed):
+                elapsed = time.perf_counter() - start
+                self._add_seconds(loop, elapsed)
+                for record in records:
+                    yield self._advance(loop, record, elapsed)
+        except KeyboardInterrupt:
+            self.interrupted = True
+            self._add_seconds(loop, time.perf_counter() - start)
+            for row, finish in enumerate(self._finish):
+                if finish is None:
+                    yield self._interrupt(row)
+
+    def results(self) -> list[Result]:
+        """The results of all rows, in order."""
+        return [self._result(row) for row in range(len(self._prompts))]
+
+    def _advance(self, loop: EagerLoop, record: StepRecord, elapsed: float) -> Chunk:
+        row, text, stats = record.row, self._texts[record.row], self._stats[record.row]
+        kept = record.tokens[: text.push(record.tokens)]
+        if record.gamma >= 0:
+            stats.steps.append((record.gamma, min(record.accepted, len(kept))))
+        self._tokens[row] += kept
+        stats.new_tokens += len(kept)
+        stats.token_times += [elapsed] * len(kept)
+        finish = _FINISH.get(record.done)
+        if text.stopped:
+            finish = "stop"
+            loop.finish(row)
+        self._finish[row] = finish
+        if finish is None:
+            return Chunk(text.take(), kept)
+        return Chunk(text.take(final=True), kept, finish, self._result(row))
+
+    def _interrupt(self, row: int) -> Chunk:
+        self._finish[row] = "interrupted"
+        return Chunk(self._texts[row].take(final=True), [], "interrupted", self._result(row))
+
+    def _result(self, row: int) -> Result:
+        params = self._params[row]
+        return Result(
+            text=self._texts[row].text,
+            token_ids=list(self._tokens[row]),
+            finish_reason=self._finish[row] or "interrupted",
+            stats=self._stats[row],
+            prompt_token_ids=list(self._prompts[row]),
+            seed=params.seed if params.temperature > 0 else None,
+        )
+
+    def _add_seconds(self, loop: EagerLoop, elapsed: float) -> None:
+        parts = loop.seconds
+        for stats, finish in zip(self._stats, self._finish, strict=True):
+            if finish is None:
+                stats.seconds = {
+                    "prefill": parts.prefill,
+                    "draft": parts.draft,
+                    "verify": parts.verify,
+                    "decision": parts.decision,
+                    "total": elapsed,
+                }
+
+
+def _is_ids(prompt: Any) -> bool:
+    if isinstance(prompt, Tensor):
+        return prompt.dim() == 1
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str)
+        and all(isinstance(token, Integral) and not isinstance(token, bool) for token in prompt)
+    )
+
+
+def _is_one(prompt: Sequence[Any]) -> bool:
+    """Whether a sequence is one prompt: token ids, or chat messages."""
+    return _is_ids(prompt) or all(isinstance(message, Mapping) for message in prompt)
