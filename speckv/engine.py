@@ -227,13 +227,14 @@ class Engine:
 
     def _prompts(self, prompt: Any, chat: bool) -> tuple[list[list[int]], bool]:
         many = not isinstance(prompt, str) and isinstance(prompt, Sequence) and not _is_one(prompt)
-        prompts = [self._tokens(p, chat) for p in (prompt if many else [prompt])]
+        prompts = [self.encode(p, chat) for p in (prompt if many else [prompt])]
         if not prompts:
             raise ValueError("prompt: expected at least one, got an empty list")
         return prompts, many
 
-    def _tokens(self, prompt: Any, chat: bool) -> list[int]:
-        """Token ids of one prompt, validated."""
+    def encode(self, prompt: Any, chat: bool = False) -> list[int]:
+        """Token ids of one prompt, as `generate` would use them; its errors are those."""
+        ids: list[int]
         if chat and not _is_ids(prompt):
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             if not messages or not all(str(m.get("content", "")).strip() for m in messages):

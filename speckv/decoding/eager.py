@@ -24,7 +24,8 @@ from ..errors import NumericsError
 from ..kernels import layout as at
 from ..kernels import reference
 from ..kernels.layout import StepState
-from ..models.base import CausalModel, KVCache
+from ..models.base import CausalModel
+from ..models.cache import KVCache
 from .requests import RequestBatch
 
 
@@ -106,7 +107,17 @@ class EagerLoop:
         self._target_cache = target.new_cache(batch, capacity)
         self._draft_cache = None if draft is None else draft.new_cache(batch, capacity)
         self._id_map = id_map
-        self._draft_ids = None if id_map is None else invert(id_map, target.vocab_size)
+        # Checkpoints of one tokenizer may pad the vocabulary differently: ids that the other model
+        # does not have are never proposed, and fed to the draft as its last one.
+        self._shared_vocab = target.vocab_size
+        self._draft_ids = None
+        if id_map is not None:
+            self._draft_ids = invert(id_map, target.vocab_size)
+        elif draft is not None:
+            self._shared_vocab = min(target.vocab_size, draft.vocab_size)
+            if self._shared_vocab < target.vocab_size:
+                same = torch.arange(self._shared_vocab, device=target.device)
+                self._draft_ids = invert(same, target.vocab_size)
         self._rejection_rows: _DraftRows | None = None
 
     @torch.inference_mode()
@@ -148,10 +159,12 @@ class EagerLoop:
 
     def _prefill(self, run: _Run) -> list[StepRecord]:
         start = time.perf_counter()
-        logits = [
-            self.target.prefill(torch.tensor(prompt), self._target_cache, row)
-            for row, prompt in enumerate(run.requests.prompts)
-        ]
+        logits = []
+        for row, prompt in enumerate(run.requests.prompts):
+            tokens = run.state.sequence[row, : len(prompt)]
+            last = self.target.prefill(tokens, self._target_cache, row)
+            assert last is not None
+            logits.append(last)
         self._accept(run, torch.stack(logits)[:, None])
         records = committed(run.state, list(range(run.requests.size)))
         self.seconds.prefill += time.perf_counter() - start
@@ -167,6 +180,7 @@ class EagerLoop:
             logits = forward(run, rows, slots)
             forward = self._draft_forward
             drafted = time.perf_counter()
+            logits = logits[:, : self._shared_vocab]
             self._choose(run, rows, slots, scatter(logits, slots, len(rows)))
             rows = read_rows(run.state)
             slots = drafting(rows)
@@ -180,14 +194,14 @@ class EagerLoop:
         for b in slots:
             behind = rows[b][at.LENGTH] - at.WIDTH_MAX
             if held[b] < behind:
-                tokens = sequence[b, held[b] : behind]
+                tokens = self._known(sequence[b, held[b] : behind])
                 draft.prefill(tokens, cache, b, start=held[b], want_logits=False)
                 held[b] = behind
         start = [held[b] for b in slots]
         lag = [rows[b][at.LENGTH] - held[b] for b in slots]
         for b in slots:
             held[b] = rows[b][at.LENGTH]
-        tokens = gather(sequence, slots, start, max(lag))
+        tokens = self._known(gather(sequence, slots, start, max(lag)))
         last = [n - 1 for n in lag]
         return draft.forward(tokens, start, cache, slots=slots, select=last)
 
@@ -195,8 +209,14 @@ class EagerLoop:
         """Feed the draft its own last tokens; logits [len(slots), V_draft]."""
         draft, cache = self._require_draft()
         position = [rows[b][at.LENGTH] + rows[b][at.DRAFTED] - 1 for b in slots]
-        tokens = gather(run.state.sequence, slots, position, 1)
+        tokens = self._known(gather(run.state.sequence, slots, position, 1))
         return draft.forward(tokens, position, cache, slots=slots)[:, 0]
+
+    def _known(self, tokens: Tensor) -> Tensor:
+        """``tokens`` as ids that the draft has an embedding for."""
+        if self._shared_vocab == self.target.vocab_size:
+            return tokens
+        return tokens.clamp(max=self._shared_vocab - 1)
 
     def _choose(
         self, run: _Run, rows: list[list[int]], slots: list[int], logits: Tensor
