@@ -34,7 +34,7 @@ _GUMBEL_SPREAD = 26.1
 
 
 def philox(
-    seed: int, c0: Tensor, c1: int, c2: int, c3: int
+    seed: int, c0: Tensor, c1: int | Tensor, c2: int | Tensor, c3: int | Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 at counters ``(c0, c1, c2, c3)``.
 
@@ -42,16 +42,19 @@ def philox(
     ----------
     seed : int
         64-bit key; the low word is the first key word.
-    c0 : int64 [N]
-        First counter word; ``c1``, ``c2``, ``c3`` are the same for all N.
+    c0 : int64 [...]
+        First counter word.
+    c1, c2, c3 : int, or int64 that broadcasts to the shape of ``c0``
+        The others.
 
     Returns
     -------
-    tuple of four int64 [N]
+    tuple of four int64 [...]
         Random words in [0, 2**32).
     """
     x0 = c0.to(torch.int64) & _MASK
-    x1, x2, x3 = (torch.full_like(x0, c & _MASK) for c in (c1, c2, c3))
+    zero = torch.zeros_like(x0)
+    x1, x2, x3 = ((zero + c) & _MASK for c in (c1, c2, c3))
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         low, high = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]
@@ -67,7 +70,13 @@ def uniform(words: Tensor) -> Tensor:
     return ((words.to(torch.float32) + 0.5) * 2.0**-32).clamp_(max=1.0 - 2.0**-24)
 
 
-def gumbel(seed: int, request: int, index: int, tokens: Tensor, purpose: int = 0) -> Tensor:
+def gumbel(
+    seed: int,
+    request: int | Tensor,
+    index: int | Tensor,
+    tokens: Tensor,
+    purpose: int | Tensor = 0,
+) -> Tensor:
     """Standard Gumbel noise of token ids.
 
     ``-log(-log(1 - u))``; the inner logarithm is a series where u is small, because that is where
@@ -75,15 +84,14 @@ def gumbel(seed: int, request: int, index: int, tokens: Tensor, purpose: int = 0
 
     Parameters
     ----------
-    index : int
-        Absolute position in the sequence (coupled noise), or step number.
-    tokens : int64 [N]
-    purpose : int
-        NOISE_* of `layout`, with the draft index in the bits above the lowest eight.
+    request, index, purpose : int, or int64 that broadcasts to the shape of ``tokens``
+        Request id; absolute position in the sequence (coupled noise) or step number; NOISE_* of
+        `layout` with the draft index in the bits above the lowest eight.
+    tokens : int64 [...]
 
     Returns
     -------
-    float32 [N]
+    float32 [...]
     """
     words = philox(seed, tokens >> 2, index, request, purpose)
     lane = tokens & 3
