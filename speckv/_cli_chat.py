@@ -1,4 +1,4 @@
-"""The conversation of ``speckv chat``: turns, slash commands, and the chat template."""
+"""The conversation of ``speckv chat``: turns, slash commands, and what is remembered."""
 
 from __future__ import annotations
 
@@ -10,40 +10,16 @@ from ._cli_run import follow
 from .errors import SpeckvError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from rich.console import Console
 
-    from ._cli_protocols import ChunkLike, EngineLike, ResultLike
+    from .engine import Engine
+    from .results import Chunk, Result
     from .sampling import SamplingParams
 
 _COMMANDS = "/reset starts over, /stats shows the last answer's statistics, /exit leaves"
 
 
-def render(engine: EngineLike, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation, ready for the assistant's next turn.
-
-    Parameters
-    ----------
-    engine : EngineLike
-        Its tokenizer's chat template is used.
-    messages : sequence of dict
-        Each with ``role`` and ``content``.
-
-    Raises
-    ------
-    ValueError
-        The tokenizer has no chat template.
-    """
-    if not getattr(engine.tokenizer, "chat_template", None):
-        raise ValueError("--chat: expected a target with a chat template, this one has none")
-    encoded = engine.tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
-    )
-    return list(encoded["input_ids"])
-
-
-def write_chunk(chunk: ChunkLike) -> None:
+def write_chunk(chunk: Chunk) -> None:
     """Show a chunk's text at once."""
     sys.stdout.write(chunk.text)
     sys.stdout.flush()
@@ -54,7 +30,7 @@ class Conversation:
 
     Parameters
     ----------
-    engine : EngineLike
+    engine : Engine
         A loaded engine.
     params : SamplingParams
         Used for every answer.
@@ -65,14 +41,14 @@ class Conversation:
     """
 
     def __init__(
-        self, engine: EngineLike, params: SamplingParams, system: str | None, console: Console
+        self, engine: Engine, params: SamplingParams, system: str | None, console: Console
     ) -> None:
         self._engine = engine
         self._params = params
         self._console = console
         self._opening = [{"role": "system", "content": system}] if system else []
         self._messages = list(self._opening)
-        self._last: ResultLike | None = None
+        self._last: Result | None = None
 
     def run(self) -> None:
         """Read and answer lines until ``/exit`` or the end of input."""
@@ -106,8 +82,7 @@ class Conversation:
     def _answer(self, line: str) -> None:
         asked = [*self._messages, {"role": "user", "content": line}]
         try:
-            ids = render(self._engine, asked)
-            self._last = follow(self._engine.stream(ids, self._params, chat=False), write_chunk)
+            self._last = follow(self._engine.stream(asked, self._params, chat=True), write_chunk)
         except (SpeckvError, ValueError) as error:
             # Most likely the conversation has outgrown the context: /reset mends that.
             self._console.print(f"error: {error}", markup=False)

@@ -32,7 +32,10 @@ Policy = Annotated[
     ),
 ]
 Gamma = Annotated[int | None, typer.Option(metavar="K", help="Short for --policy fixed:K.")]
-Compression = Annotated[str, typer.Option(help=f"Weight format: {', '.join(COMPRESSIONS)}.")]
+Compression = Annotated[
+    str | None,
+    typer.Option(help=f"Weight format: {', '.join(COMPRESSIONS)}. [default: fits the device]"),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(
@@ -71,8 +74,8 @@ class ModelOptions:
     ----------
     target, draft, device : str or None
         As for ``Engine.from_pretrained``; ``None`` takes its default.
-    compression : str
-        One of ``COMPRESSIONS``.
+    compression : str or None
+        One of ``COMPRESSIONS``, or ``None`` to let the engine choose.
     dtype : str or None
         One of ``DTYPES``, or ``None`` to follow the compression.
     policy : str
@@ -86,13 +89,14 @@ class ModelOptions:
 
     target: str | None
     draft: str | None
-    compression: str
+    compression: str | None
     dtype: str | None
     policy: str
     device: str | None
 
     def __post_init__(self) -> None:
-        _one_of("--compression", self.compression, COMPRESSIONS)
+        if self.compression is not None:
+            _one_of("--compression", self.compression, COMPRESSIONS)
         if self.dtype is not None:
             _one_of("--dtype", self.dtype, DTYPES)
             if self.compression in DTYPES and self.dtype != self.compression:

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from io import UnsupportedOperation
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _BAR_WIDTH = 30
-_PARTS = ("draft", "verify", "decision")
 
 
 def stderr_console() -> Console:
@@ -43,11 +41,11 @@ def show_stats(console: Console, stats: Mapping[str, Any]) -> None:
     table.add_column(style="dim")
     table.add_column()
     seconds, inter_token = stats["seconds"], stats["inter_token_ms"]
-    parts = ", ".join(f"{name} {_number(seconds[name], 2)}" for name in _PARTS)
+    parts = ", ".join(f"{k} {_number(v, 2)}" for k, v in seconds.items() if k != "total")
     table.add_row("tokens/s", _number(stats["tokens_per_second"], 1))
     table.add_row("tokens/step", f"{_number(stats['tokens_per_step'], 2)} ({stats['steps']} steps)")
     table.add_row("acceptance", _percent(stats["acceptance_rate"]))
-    table.add_row("seconds", f"{_number(seconds['total'], 2)} ({parts})")
+    table.add_row("seconds", f"{_number(seconds.get('total'), 2)} ({parts})")
     table.add_row("first token", f"{_milliseconds(stats['time_to_first_token'])} ms")
     table.add_row(
         "inter-token",
@@ -85,20 +83,18 @@ def to_json(document: Mapping[str, Any]) -> str:
 def stdout_to_stderr() -> Iterator[None]:
     """Send whatever is written to stdout, by child processes too, to stderr meanwhile."""
     sys.stdout.flush()
-    try:
-        descriptor, replacement = sys.stdout.fileno(), sys.stderr.fileno()
-        saved = os.dup(descriptor)
-    except (UnsupportedOperation, OSError):
-        with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr):
+        try:
+            saved = os.dup(1)
+        except OSError:  # started with stdout closed: nothing to protect
             yield
-        return
-    try:
-        os.dup2(replacement, descriptor)
-        with redirect_stdout(sys.stderr):
+            return
+        try:
+            os.dup2(2, 1)
             yield
-    finally:
-        os.dup2(saved, descriptor)
-        os.close(saved)
+        finally:
+            os.dup2(saved, 1)
+            os.close(saved)
 
 
 def _bar(count: int, most: int) -> str:

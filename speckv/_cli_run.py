@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -12,19 +12,18 @@ from .errors import SpeckvError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ._cli_protocols import ChunkLike, EngineLike, ResultLike
+    from .engine import Engine, Prompt
+    from .results import Chunk, Result
     from .sampling import SamplingParams
 
 PLAIN, FIXED4 = "fixed:0", "fixed:4"
 
 
-def follow(
-    stream: Generator[ChunkLike, None, None], on_chunk: Callable[[ChunkLike], None]
-) -> ResultLike:
+def follow(stream: Iterator[Chunk], on_chunk: Callable[[Chunk], None]) -> Result:
     """Consume a stream and return its result.
 
-    A Ctrl-C that arrives outside the generator, while a chunk is being shown, is thrown into it:
-    the engine then ends the stream with the text so far, as it does for one that arrives inside.
+    A Ctrl-C inside the engine makes it end the stream with the text so far. One that arrives
+    outside, while a chunk is being shown, is handed to the engine for the same treatment.
 
     Raises
     ------
@@ -33,18 +32,19 @@ def follow(
     KeyboardInterrupt
         A second Ctrl-C.
     """
-    chunk: ChunkLike | None = None
+    chunk: Chunk | None = None
     try:
         for chunk in stream:
             on_chunk(chunk)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if chunk is None or chunk.result is None:
-            chunk = stream.throw(KeyboardInterrupt())
+            if not isinstance(stream, Generator):
+                raise
+            chunk = stream.throw(interrupt)
             on_chunk(chunk)
     if chunk is None or chunk.result is None:
         raise SpeckvError("the stream ended without a result")
-    result: ResultLike = chunk.result
-    return result
+    return chunk.result
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Comparison:
 
 
 def compare(
-    engine: EngineLike,
-    prompt: str | list[int],
+    engine: Engine,
+    prompt: Prompt,
     params: SamplingParams,
     *,
     chat: bool,
@@ -95,7 +95,7 @@ def compare(
 
     Parameters
     ----------
-    engine : EngineLike
+    engine : Engine
         A loaded engine.
     prompt, params, chat
         As for ``engine.generate``.

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from ._cli_protocols import ChunkLike, EngineLike, ResultLike
+    from .engine import Engine, Prompt
+    from .results import Chunk, Result
 
 _INTERRUPTED = 130
 
@@ -38,7 +39,7 @@ app = typer.Typer(
 )
 
 
-def load_engine(model: opt.ModelOptions) -> EngineLike:
+def load_engine(model: opt.ModelOptions) -> Engine:
     """Load and warm up an engine; whatever that prints goes to stderr.
 
     Raises
@@ -51,7 +52,7 @@ def load_engine(model: opt.ModelOptions) -> EngineLike:
     with stdout_to_stderr():
         from .engine import Engine
 
-        engine: EngineLike = Engine.from_pretrained(
+        engine = Engine.from_pretrained(
             model.target,
             model.draft,
             compression=model.compression,
@@ -93,7 +94,7 @@ def generate(
     gamma: opt.Gamma = None,
     target: opt.Target = None,
     draft: opt.Draft = None,
-    compression: opt.Compression = "fp32",
+    compression: opt.Compression = None,
     dtype: opt.Dtype = None,
     device: opt.Device = None,
     chat: Annotated[
@@ -112,7 +113,6 @@ def generate(
 
     The text streams to stdout; statistics follow on stderr.
     """
-    from ._cli_chat import render
     from ._cli_output import show_stats, stderr_console, to_json
 
     text = _read_prompt(prompt)
@@ -130,10 +130,9 @@ def generate(
     console = stderr_console()
     engine = load_engine(model)
     _introduce(console, engine, params)
-    asked: str | list[int] = text
+    asked: Prompt = text
     if system is not None:
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
-        asked, chat = render(engine, messages), False
+        asked = [{"role": "system", "content": system}, {"role": "user", "content": text}]
 
     result = _generate_shown(engine, asked, params, chat=chat, quiet=json)
     stats = result.stats.to_dict()
@@ -165,7 +164,7 @@ def chat(
     gamma: opt.Gamma = None,
     target: opt.Target = None,
     draft: opt.Draft = None,
-    compression: opt.Compression = "fp32",
+    compression: opt.Compression = None,
     dtype: opt.Dtype = None,
     device: opt.Device = None,
     system: opt.System = None,
@@ -259,7 +258,7 @@ def _summary(error: Exception) -> tuple[str, int] | None:
     return None
 
 
-def _introduce(console: Console, engine: EngineLike, params: SamplingParams) -> None:
+def _introduce(console: Console, engine: Engine, params: SamplingParams) -> None:
     """Say what runs and, when sampling, the seed that repeats it."""
     seed = f", seed {params.seed}" if params.temperature > 0 else ""
     console.print(f"{engine.describe()}{seed}", style="dim", markup=False)
@@ -276,8 +275,8 @@ def _read_prompt(prompt: str | None) -> str:
 
 
 def _generate_shown(
-    engine: EngineLike, asked: str | list[int], params: SamplingParams, *, chat: bool, quiet: bool
-) -> ResultLike:
+    engine: Engine, asked: Prompt, params: SamplingParams, *, chat: bool, quiet: bool
+) -> Result:
     """Stream one generation to stdout or, with ``quiet``, behind a progress bar on stderr."""
     from ._cli_chat import write_chunk
     from ._cli_output import stderr_console, stdout_to_stderr
@@ -297,15 +296,15 @@ def _generate_shown(
     ):
         task = progress.add_task("generating", total=params.max_new_tokens)
 
-        def advance(chunk: ChunkLike) -> None:
+        def advance(chunk: Chunk) -> None:
             progress.advance(task, len(chunk.token_ids))
 
         return follow(engine.stream(asked, params, chat=chat), advance)
 
 
 def _compare(
-    engine: EngineLike,
-    asked: str | list[int],
+    engine: Engine,
+    asked: Prompt,
     params: SamplingParams,
     chat: bool,
     policy: str,

@@ -1,6 +1,6 @@
 """Which tests run in which process, the audit of skips, and what losslessness tests covered.
 
-Triton chooses between its interpreter and its compiler when a kernel is first imported, so a process
+Triton chooses between its interpreter and its compiler when a kernel is first imported: a process
 runs either ``interpreter`` tests or ``aot`` tests; see CONTRIBUTING.md.
 """
 
