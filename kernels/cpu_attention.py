@@ -1,0 +1,168 @@
+"""Width-invariant grouped-query attention over a static KV cache, on the CPU.
+
+A query's bits must not depend on how many positions are computed with it, on where it stands among
+them, or on how much of the cache is visible beyond it. The fast path stacks a block of positions in
+one call of ``scaled_dot_product_attention`` over a context rounded up to :data:`CONTEXT_BLOCK`
+rows, the rest masked, for the numbers of positions that a probe has proven (see
+:mod:`speckv.kernels.cpu`). Where the probe fails, each position is computed alone over exactly the
+rows that it sees: no padding and no mask, hence exact by construction.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from speckv.kernels.cpu import bits_equal, cached_proof, prove_counts, round_up_rows
+from speckv.kernels.functional import attention_mask
+
+__all__ = ["CONTEXT_BLOCK", "AttentionPiece", "CpuAttention", "round_up_context"]
+
+CONTEXT_BLOCK = 512
+"""Visible contexts are multiples of this many cache rows."""
+
+
+def round_up_context(rows: int) -> int:
+    """``rows`` rounded up to a multiple of :data:`CONTEXT_BLOCK`, at least one block."""
+    return max(1, -(-rows // CONTEXT_BLOCK)) * CONTEXT_BLOCK
+
+
+class AttentionPiece(NamedTuple):
+    """Positions of one sequence that are computed in one call.
+
+    ``first`` and ``count`` say which rows of the block; ``padded`` the number of query positions of
+    the call; ``low`` and ``high`` bound the visible cache rows; ``mask`` is additive,
+    [1, 1, padded * group, high - low], or None where every visible row is seen.
+    """
+
+    first: int
+    count: int
+    padded: int
+    low: int
+    high: int
+    mask: Tensor | None
+
+
+class CpuAttention:
+    """Attention of one sequence's block of positions, for one head geometry.
+
+    Parameters
+    ----------
+    heads, kv_heads, dim : int
+        Query heads, key heads (a divisor of ``heads``) and head width.
+    dtype : torch.dtype
+        Type of queries, keys and values.
+    """
+
+    def __init__(self, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+        self.heads, self.kv_heads, self.dim, self.dtype = heads, kv_heads, dim, dtype
+        self.group = heads // kv_heads
+        self.prove()
+
+    def prove(self) -> None:
+        """Probe again, as is needed after a change of ``torch.get_num_threads()``."""
+        key = ("attention", self.heads, self.kv_heads, self.dim, self.dtype)
+        self.counts: tuple[int, ...] = cached_proof(key, self._probe)
+
+    def pieces(self, start: int, width: int, window: int | None = None) -> list[AttentionPiece]:
+        """Cut the block at positions ``start .. start + width - 1`` into calls.
+
+        ``window`` is the sliding window in positions, or None. The result serves every layer of a
+        forward that has this window.
+        """
+        if not self.counts:
+            return [
+                AttentionPiece(i, 1, 1, max(0, end - window) if window else 0, end, None)
+                for i, end in enumerate(range(start + 1, start + width + 1))
+            ]
+        step = self.counts[-1]
+        return [
+            self._masked_piece(start, first, min(step, width - first), window)
+            for first in range(0, width, step)
+        ]
+
+    def _masked_piece(
+        self, start: int, first: int, count: int, window: int | None
+    ) -> AttentionPiece:
+        context = round_up_context(start + first + count)
+        padded = round_up_rows(count, self.counts)
+        positions = torch.arange(start + first, start + first + count)
+        mask = attention_mask(positions, context, self.dtype, window)
+        if padded > count:
+            mask = torch.cat((mask, mask.new_zeros(padded - count, context)))
+        stacked = mask.repeat_interleave(self.group, 0).view(1, 1, padded * self.group, context)
+        return AttentionPiece(first, count, padded, 0, context, stacked)
+
+    def __call__(
+        self, queries: Tensor, keys: Tensor, values: Tensor, piece: AttentionPiece
+    ) -> Tensor:
+        """Attend with the queries of one piece.
+
+        Parameters
+        ----------
+        queries : Tensor [count, heads, dim]
+            Rotated queries of the piece; any strides.
+        keys, values : Tensor [1, kv_heads, high - low, dim]
+            Views of the cache; masked rows must be finite.
+        piece : AttentionPiece
+            From :meth:`pieces`.
+
+        Returns
+        -------
+        Tensor [count, heads * dim]
+        """
+        group, kv_heads, dim, count = self.group, self.kv_heads, self.dim, piece.count
+        if count == 1 and piece.padded == 1:
+            stacked = queries.reshape(1, kv_heads, group, dim)
+            out = F.scaled_dot_product_attention(stacked, keys, values, attn_mask=piece.mask)
+            return out.view(1, self.heads * dim)
+        stacked = queries.new_zeros(1, kv_heads, piece.padded, group, dim)
+        stacked[0, :, :count] = queries.view(count, kv_heads, group, dim).transpose(0, 1)
+        out = F.scaled_dot_product_attention(
+            stacked.view(1, kv_heads, -1, dim), keys, values, attn_mask=piece.mask
+        )
+        out = out.view(kv_heads, piece.padded, group, dim)[:, :count].transpose(0, 1)
+        return out.reshape(count, self.heads * dim)
+
+    @torch.inference_mode()
+    def _probe(self) -> tuple[int, ...]:
+        near = self._probe_at(first_position=CONTEXT_BLOCK - 20, contexts=(1, 2, 4))
+        far = self._probe_at(first_position=2 * CONTEXT_BLOCK - 20, contexts=(2, 3, 5))
+        return tuple(count for count in near if count in far)
+
+    def _probe_at(self, first_position: int, contexts: tuple[int, ...]) -> tuple[int, ...]:
+        """Counts proven for sixteen positions from ``first_position``, at every context alike.
+
+        ``contexts`` are in units of :data:`CONTEXT_BLOCK`. Keys come in equal pairs with opposite
+        values at random places, so the exact result is zero and what is computed shows the order
+        of the additions.
+        """
+        generator = torch.Generator().manual_seed(first_position)
+        half, rows = first_position // 2, contexts[-1] * CONTEXT_BLOCK
+        place = torch.randperm(2 * half, generator=generator)
+        kv = torch.randn(2, rows, self.kv_heads, self.dim, generator=generator)
+        pairs = kv[:, :half] * torch.exp2(
+            torch.randint(-3, 3, (2, half, 1, 1), generator=generator).float()
+        )
+        kv[0, : 2 * half] = torch.cat((pairs[0], pairs[0]))[place]
+        kv[1, : 2 * half] = torch.cat((pairs[1], -pairs[1]))[place]
+        kv[1, 2 * half :] = 0.0
+        cache = kv.to(self.dtype).transpose(0, 1).reshape(1, rows, 2 * self.kv_heads, self.dim)
+        keys, values = cache.transpose(1, 2).chunk(2, 1)
+        queries = torch.randn(16, self.heads, self.dim, generator=generator).to(self.dtype)
+
+        def run(pick: Tensor, context: int = contexts[0] * CONTEXT_BLOCK) -> Tensor:
+            mask = attention_mask(first_position + pick, context, self.dtype)
+            stacked = mask.repeat_interleave(self.group, 0).view(1, 1, -1, context)
+            piece = AttentionPiece(0, len(pick), len(pick), 0, context, stacked)
+            return self(queries[pick], keys[:, :, :context], values[:, :, :context], piece)
+
+        every = torch.arange(16)
+        if not all(
+            bits_equal(run(every), run(every, context * CONTEXT_BLOCK)) for context in contexts[1:]
+        ):
+            return ()
+        return prove_counts(run)

@@ -1,0 +1,83 @@
+"""A static KV cache: allocated once, never moved, its lengths kept by whoever decodes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from speckv.kernels.cpu_attention import round_up_context
+
+__all__ = ["SLACK_ROWS", "KVCache"]
+
+SLACK_ROWS = 16
+"""Rows beyond the capacity, so that a padded verification block never writes outside."""
+
+
+class KVCache:
+    """Keys and values of several sequences, one slot each.
+
+    The cache knows no lengths: a row holds what was last written there, rolling back is using a
+    smaller start position, and rows beyond a sequence's length are overwritten before they are
+    read. Rows are zero at first, so masked rows are always finite.
+
+    Parameters
+    ----------
+    layers, slots, kv_heads, head_dim : int
+        Geometry.
+    capacity : int
+        Positions a sequence may use; :data:`SLACK_ROWS` are added and the sum is rounded up to a
+        multiple of the attention's context block.
+    dtype, device
+        Type and place of the storage.
+
+    Attributes
+    ----------
+    kv : list of Tensor [slots, rows, 2 * kv_heads, head_dim]
+        One tensor a layer: keys, then values.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        slots: int,
+        capacity: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        for name, value in (("batch", slots), ("capacity", capacity)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        self.slots, self.capacity, self.kv_heads = slots, capacity, kv_heads
+        self.rows = round_up_context(capacity + SLACK_ROWS)
+        shape = (slots, self.rows, 2 * kv_heads, head_dim)
+        self.kv = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self._slot_rows = [list(layer.unbind(0)) for layer in self.kv]
+        self._visible: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of storage."""
+        return sum(layer.nbytes for layer in self.kv)
+
+    def slot(self, layer: int, slot: int) -> Tensor:
+        """Storage of one slot of one layer: [rows, 2 * kv_heads, head_dim]."""
+        return self._slot_rows[layer][slot]
+
+    def heads(self, layer: int, slot: int, low: int, high: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of cache rows ``low .. high - 1``: views [1, kv_heads, rows, head_dim]."""
+        if low:
+            return self._heads(layer, slot, low, high)
+        key = (layer, slot, high)
+        found = self._visible.get(key)
+        if found is None:
+            found = self._heads(layer, slot, low, high)
+            if high == round_up_context(high):
+                self._visible[key] = found
+        return found
+
+    def _heads(self, layer: int, slot: int, low: int, high: int) -> tuple[Tensor, Tensor]:
+        rows = self._slot_rows[layer][slot][low:high].transpose(0, 1).unsqueeze(0)
+        return rows[:, : self.kv_heads], rows[:, self.kv_heads :]

@@ -1,0 +1,324 @@
+"""One functional decoder for the Llama family: llama, mistral, qwen2 and qwen3."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from speckv.kernels import functional
+from speckv.kernels.cpu import ProvenRows, common_counts, round_up_rows
+from speckv.kernels.cpu_attention import AttentionPiece, CpuAttention, round_up_context
+from speckv.models.cache import KVCache
+from speckv.models.config import DecoderConfig
+from speckv.models.weights import DecoderWeights, TensorSource, build_weights
+
+__all__ = ["LlamaDecoder"]
+
+_DEVICE_CHUNK = 512
+
+
+class LlamaDecoder:
+    """A Llama-family decoder over a static KV cache; see :class:`speckv.models.base.CausalModel`.
+
+    On the CPU every row has the same bits at any width, offset, batch, slot and cache capacity, in
+    decoding and in prefill (:mod:`speckv.kernels.cpu`). On CUDA a forward never synchronises with
+    the host when ``start``, ``slots`` and ``select`` are tensors there.
+
+    Parameters
+    ----------
+    config : DecoderConfig
+        Geometry.
+    weights : DecoderWeights
+        From :func:`speckv.models.weights.build_weights`.
+    name : str
+        Hub id or path, as shown to people.
+    compression : str
+        Weight format of ``weights``.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, weights: DecoderWeights, *, name: str, compression: str
+    ) -> None:
+        self.config = config
+        self.name = name
+        self.compression = compression
+        self.vocab_size = config.vocab_size
+        self.max_positions = config.max_positions
+        self.eos_ids = config.eos_ids
+        self.dtype = weights.embedding.dtype
+        self.device = weights.embedding.device
+        self._weights = weights
+        self._table = weights.embedding.new_empty(0, 2, config.head_dim)
+        self._on_host = self.device.type == "cpu"
+        if self._on_host:
+            self._attention = CpuAttention(
+                config.heads, config.kv_heads, config.head_dim, self.dtype
+            )
+            self._plan_rows()
+
+    @classmethod
+    def from_tensors(
+        cls,
+        config: DecoderConfig,
+        source: TensorSource,
+        *,
+        name: str,
+        compression: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        advance: Callable[[], None] | None = None,
+    ) -> LlamaDecoder:
+        """Build a decoder from a checkpoint's tensors; see ``build_weights`` for the parameters."""
+        weights = build_weights(
+            config, source, compression=compression, dtype=dtype, device=device, advance=advance
+        )
+        return cls(config, weights, name=name, compression=compression)
+
+    def first_layers(self, count: int) -> LlamaDecoder:
+        """A draft made of the first ``count`` layers, the final norm and the head, all shared.
+
+        Raises
+        ------
+        ValueError
+            If ``count`` is not between 1 and the number of layers.
+        """
+        layers = self.config.layers
+        if not 1 <= count <= layers:
+            raise ValueError(f"count: expected 1 to {layers} layers, got {count}")
+        return LlamaDecoder(
+            replace(self.config, windows=self.config.windows[:count]),
+            replace(self._weights, layers=self._weights.layers[:count]),
+            name=f"{self.name} (first {count} layers)",
+            compression=self.compression,
+        )
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """A zero-filled cache of ``batch`` slots for sequences of up to ``capacity`` tokens."""
+        if capacity > self.max_positions:
+            raise ValueError(
+                f"capacity: expected at most {self.max_positions} positions, got {capacity}"
+            )
+        c = self.config
+        cache = KVCache(
+            c.layers,
+            batch,
+            capacity,
+            c.kv_heads,
+            c.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        self._reach(cache.rows)
+        return cache
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        tokens: Tensor,
+        start: Sequence[int] | Tensor,
+        cache: KVCache,
+        *,
+        slots: Sequence[int] | Tensor | None = None,
+        select: Sequence[int] | Tensor | None = None,
+        context: int | None = None,
+    ) -> Tensor:
+        """Process a block of positions; see :meth:`speckv.models.base.CausalModel.forward`."""
+        batch, width = tokens.shape
+        hidden = self._hidden(tokens, start, cache, slots, context)
+        if select is None:
+            return self._logits(hidden).view(batch, width, self.vocab_size)
+        column = torch.as_tensor(select, dtype=torch.int64, device=self.device)
+        first = torch.arange(0, batch * width, width, device=self.device)
+        return self._logits(hidden.index_select(0, first + column))
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        slot: int,
+        *,
+        start: int = 0,
+        want_logits: bool = True,
+    ) -> Tensor | None:
+        """Process a prompt in wide chunks; see :meth:`speckv.models.base.CausalModel.prefill`."""
+        if tokens.ndim != 1 or tokens.shape[0] < 1:
+            raise ValueError(f"tokens: expected [length >= 1], got {tuple(tokens.shape)}")
+        hidden = tokens
+        place = start
+        chunk = self._counts[-1] if self._on_host else _DEVICE_CHUNK
+        for piece in tokens.split(chunk):
+            end = place + piece.shape[0]
+            hidden = self._hidden(piece[None], [place], cache, [slot], end)
+            place = end
+        return self._logits(hidden[piece.shape[0] - 1 :][:1])[0] if want_logits else None
+
+    def _hidden(
+        self,
+        tokens: Tensor,
+        start: Sequence[int] | Tensor,
+        cache: KVCache,
+        slots: Sequence[int] | Tensor | None,
+        context: int | None,
+    ) -> Tensor:
+        """Rows [batch * width (+ padding), hidden] before the final norm."""
+        batch, width = tokens.shape
+        self._reach(cache.rows)
+        ids = tokens.reshape(-1)
+        step: _HostStep | _DeviceStep
+        if self._on_host:
+            if torch.get_num_threads() != self._threads:
+                self._plan_rows()
+            step = _HostStep(self._attention, cache, _ints(start), _slots(slots, batch), width)
+            padding = round_up_rows(batch * width, self._counts) - batch * width
+            if padding:
+                ids = torch.cat((ids, ids.new_zeros(padding)))
+        else:
+            step = _DeviceStep(self.config.heads, cache, start, slots, (batch, width), context)
+        positions = step.positions(ids.shape[0])
+        c, rows = self.config, ids.shape[0]
+        rotated = c.heads + c.kv_heads
+        all_heads = rotated + c.kv_heads
+        cos, sin = functional.rope_rows(self._table, positions, rotated, all_heads)
+        x = self._weights.embedding.index_select(0, ids)
+        for index, layer in enumerate(self._weights.layers):
+            qkv = layer.qkv(layer.attention_norm(x)).view(rows, all_heads, c.head_dim)
+            attended = step.attend(index, layer.window, layer.rotate(qkv, cos, sin))
+            x = layer.out(attended, x)
+            x = layer.down(layer.swiglu(layer.gate_up(layer.mlp_norm(x))), x)
+        return x[: batch * width]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self._weights.head(self._weights.norm(hidden))
+
+    def _reach(self, rows: int) -> None:
+        """Grow the rotary table to ``rows`` positions."""
+        if self._table.shape[0] < rows:
+            table = functional.rope_table(
+                self.config.inv_freq, self.config.rope_scale, rows, self.dtype
+            )
+            self._table = table.to(self.device)
+
+    def _plan_rows(self) -> None:
+        """Find the row counts that every operation of a layer has been proven for."""
+        self._threads = torch.get_num_threads()
+        self._attention.prove()
+        plans = []
+        for operation in (self._weights.norm, self._weights.head):
+            if isinstance(operation, ProvenRows):
+                operation.prove()
+        for layer in self._weights.layers:
+            for operation in layer.operations():
+                if isinstance(operation, ProvenRows):
+                    operation.prove()
+                    plans.append(operation.counts)
+        self._counts = common_counts(plans)
+
+
+class _HostStep:
+    """Cache writes and attention of one forward on the CPU, sequence by sequence."""
+
+    def __init__(
+        self,
+        attention: CpuAttention,
+        cache: KVCache,
+        starts: list[int],
+        slots: list[int],
+        width: int,
+    ) -> None:
+        if not len(starts) == len(slots):
+            raise ValueError(
+                f"start: expected one position for each of {len(slots)} sequences, "
+                f"got {len(starts)}"
+            )
+        if min(starts) < 0 or max(starts) + width > cache.rows:
+            raise ValueError(
+                f"start: expected positions within the cache of {cache.rows} rows, "
+                f"got {min(starts)} to {max(starts) + width - 1}"
+            )
+        if min(slots) < 0 or max(slots) >= cache.slots:
+            raise ValueError(f"slots: expected 0 to {cache.slots - 1}, got {slots}")
+        self._attention = attention
+        self._cache = cache
+        self._starts, self._slots, self._width = starts, slots, width
+        self._pieces: dict[int | None, list[list[AttentionPiece]]] = {}
+        self._out: Tensor | None = None
+
+    def positions(self, rows: int) -> Tensor:
+        """Position of every row [rows] int64; padding rows stand at 0."""
+        flat = [start + i for start in self._starts for i in range(self._width)]
+        return torch.tensor(flat + [0] * (rows - len(flat)))
+
+    def attend(self, index: int, window: int | None, qkv: Tensor) -> Tensor:
+        """Append the keys and values of layer ``index``, then attend: [rows, heads * head_dim]."""
+        attention, cache, width = self._attention, self._cache, self._width
+        heads = attention.heads
+        pieces = self._pieces.get(window)
+        if pieces is None:
+            pieces = [attention.pieces(start, width, window) for start in self._starts]
+            self._pieces[window] = pieces
+        if self._out is None:
+            self._out = qkv.new_zeros(qkv.shape[0], heads * attention.dim)
+        out = self._out
+        for i, (slot, start) in enumerate(zip(self._slots, self._starts, strict=True)):
+            first = i * width
+            cache.slot(index, slot)[start : start + width] = qkv[first : first + width, heads:]
+            for piece in pieces[i]:
+                keys, values = cache.heads(index, slot, piece.low, piece.high)
+                begin = first + piece.first
+                end = begin + piece.count
+                out[begin:end] = attention(qkv[begin:end, :heads], keys, values, piece)
+        return out
+
+
+class _DeviceStep:
+    """Cache writes and attention of one forward on an accelerator, in one call each."""
+
+    def __init__(
+        self,
+        heads: int,
+        cache: KVCache,
+        start: Sequence[int] | Tensor,
+        slots: Sequence[int] | Tensor | None,
+        shape: tuple[int, int],
+        context: int | None,
+    ) -> None:
+        batch, width = shape
+        device = cache.kv[0].device
+        self._heads, self._cache, self._shape = heads, cache, shape
+        self._context = min(cache.rows, round_up_context(context or cache.rows))
+        first = torch.as_tensor(start, dtype=torch.int64, device=device)
+        self._positions = first[:, None] + torch.arange(width, device=device)
+        self._slots = (
+            None if slots is None else torch.as_tensor(slots, dtype=torch.int64, device=device)
+        )
+        rows = torch.arange(batch, device=device) if self._slots is None else self._slots
+        self._slot_column = rows[:, None]
+        self._masks: dict[int | None, Tensor] = {}
+
+    def positions(self, rows: int) -> Tensor:
+        """Position of every row [rows] int64."""
+        return self._positions.reshape(rows)
+
+    def attend(self, index: int, window: int | None, qkv: Tensor) -> Tensor:
+        """Append the keys and values of layer ``index``, then attend: [rows, heads * head_dim]."""
+        rows, layer = qkv.shape[0], self._cache.kv[index]
+        blocks = qkv.view(*self._shape, *qkv.shape[1:])
+        functional.append_kv(layer, blocks[:, :, self._heads :], self._slot_column, self._positions)
+        mask = self._masks.get(window)
+        if mask is None:
+            mask = functional.attention_mask(self._positions, self._context, qkv.dtype, window)
+            self._masks[window] = mask
+        queries = blocks[:, :, : self._heads]
+        return functional.attention(queries, layer, self._slots, mask).view(rows, -1)
+
+
+def _ints(values: Sequence[int] | Tensor) -> list[int]:
+    return values.tolist() if isinstance(values, Tensor) else [int(value) for value in values]
+
+
+def _slots(slots: Sequence[int] | Tensor | None, batch: int) -> list[int]:
+    return list(range(batch)) if slots is None else _ints(slots)
