@@ -242,6 +242,8 @@ def _best_token(x: Tensor, inv: float, low: float, noise: tuple[int, int, int, i
         return int(index)
     y = x * inv
     ids = torch.nonzero((x >= low) & (y >= float(top) * inv - _GUMBEL_SPREAD)).flatten()
+    if not ids.numel():
+        return -1
     seed, request, position, purpose = noise
     return int(ids[(y[ids] + gumbel(seed, request, position, ids, purpose)).argmax()])
 
@@ -341,7 +343,8 @@ def _draft_token(
         return -1
     seed, request, index, purpose = noise
     y = x * inv + gumbel(seed, request, index, id_map.long(), purpose)
-    return int(y.masked_fill(x < low, -math.inf).argmax())
+    score, index_of_best = y.masked_fill(~(x >= low), -math.inf).max(0)
+    return int(index_of_best) if score > -math.inf else -1
 
 
 def token_signals(x: Tensor, token: int) -> list[float]:

@@ -12,7 +12,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ class CompiledResources:
     registers: int
     spills: int
     shared_bytes: int
-    cubin: bytes
+    cubin: bytes = field(repr=False)
 
     @cached_property
     def sass(self) -> str:
@@ -162,9 +162,7 @@ def compile_variant(spec: KernelSpec, variant: Variant, arch: str) -> CompiledRe
         fn=spec.kernel,
         signature={n: variant.signature.get(n, "constexpr") for n in names},
         constexprs={n: variant.constexprs[n] for n in names if n not in variant.signature},
-        attrs={
-            (names.index(n),): [["tt.divisibility", 16]] for n in sorted(variant.divisible)
-        },
+        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in sorted(variant.divisible)},
     )
     options = {
         "num_warps": variant.num_warps,

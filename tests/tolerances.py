@@ -23,9 +23,7 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     """
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
     tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(
-        actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True
-    )
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
     finite = expected.isfinite()
     if finite.any():
         scale = expected[finite].abs().clamp(min=1.0)

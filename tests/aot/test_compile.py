@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from speckv.kernels import registry
+
+Compile = Callable[[registry.KernelSpec, registry.Variant, str], registry.CompiledResources]
 
 pytestmark = pytest.mark.aot
 
@@ -17,8 +21,10 @@ CASES = [
 
 
 @pytest.mark.parametrize(("spec", "variant", "arch"), CASES)
-def test_resources(spec: registry.KernelSpec, variant: registry.Variant, arch: str) -> None:
-    used = registry.compile_variant(spec, variant, arch)
+def test_resources(
+    compiled: Compile, spec: registry.KernelSpec, variant: registry.Variant, arch: str
+) -> None:
+    used = compiled(spec, variant, arch)
     assert used.spills == 0
     assert used.registers <= spec.max_registers
     assert used.shared_bytes <= spec.max_shared_bytes
