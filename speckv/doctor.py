@@ -98,7 +98,7 @@ def examine(console: Console) -> Report:
         missing.append(
             Missing(
                 f"the default model, {model['name']}",
-                f"not in {model['folder']}",
+                f"not in {model['folder']}" if model["folder"] else "cannot be looked up",
                 "speckv generate fetches and converts it on first use (98 MB)",
             )
         )
@@ -341,14 +341,12 @@ def _devices(versions: dict[str, str | None]) -> list[dict[str, Any]]:
 
 def _default_model() -> dict[str, Any]:
     """Name, folder and presence of the default target, without fetching or loading it."""
-    root = os.environ.get("SPECKV_CACHE") or os.path.join("~", ".cache", "speckv")
-    folder = Path(root).expanduser()
-    weights = sorted(folder.glob("**/*.safetensors")) if folder.is_dir() else []
-    return {
-        "name": "SmolLM2-135M-Instruct",
-        "folder": str(weights[0].parent if weights else folder),
-        "cached": bool(weights),
-    }
+    try:
+        from .models import hub
+    except Exception:  # without its dependencies, which the report names elsewhere
+        return {"name": "the default target", "folder": None, "cached": False}
+    folder = str(hub.SMOLLM2.folder)
+    return {"name": hub.DEFAULT_TARGET, "folder": folder, "cached": hub.is_cached()}
 
 
 def _one_line(error: Exception) -> str:

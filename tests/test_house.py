@@ -257,51 +257,54 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
     return pytester
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
+def test_unexplained_skips_fail_the_run(project: pytest.Pytester) -> None:
+    bodies = (
         "def test_it(): pytest.skip('no time')",
         "@pytest.mark.skip(reason='later')\ndef test_it(): pass",
         "@pytest.mark.skipif(True, reason='not here')\ndef test_it(): pass",
         "pytest.skip('whole module', allow_module_level=True)",
         "pytest.importorskip('no_such_module')",
         "@pytest.fixture\ndef f(): pytest.skip('no data')\ndef test_it(f): pass",
-    ],
-)
-def test_an_unexplained_skip_fails_the_run(project: pytest.Pytester, body: str) -> None:
-    project.makepyfile(test_skips=f"import pytest\n{body}\n", test_passes="def test_it(): pass")
-    result = project.runpytest_inprocess("-p", "no:cacheprovider")
+    )
+    files = {f"test_{i}": f"import pytest\n{body}\n" for i, body in enumerate(bodies)}
+    project.makepyfile(**files, test_passes="def test_it(): pass")
+    result = project.runpytest_subprocess("-p", "no:cacheprovider")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    result.stdout.fnmatch_lines(["*skip audit*", "*test_skips.py*"])
+    summary = result.stdout.str().partition("skip audit")[2]
+    assert set(re.findall(r"^  (test_\d).py", summary, flags=re.MULTILINE)) == set(files)
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        "def test_it(): pytest.skip('data: no wheel at hand')",
-        "@pytest.mark.xfail(reason='known', strict=True)\ndef test_it(): assert False",
-        "@pytest.mark.gpu\ndef test_it(): pytest.skip('needs sm_90')",
-        "@pytest.mark.gpu\n@pytest.mark.skip(reason='later')\ndef test_it(): pass",
-    ],
-)
-def test_an_explained_skip_does_not(project: pytest.Pytester, body: str) -> None:
-    project.makepyfile(f"import pytest\n{body}\n")
-    result = project.runpytest_inprocess("-p", "no:cacheprovider")
+def test_explained_skips_do_not(project: pytest.Pytester) -> None:
+    project.makepyfile(
+        """
+        import pytest
+        def test_data(): pytest.skip('data: no wheel at hand')
+        @pytest.mark.xfail(reason='known', strict=True)
+        def test_known(): assert False
+        @pytest.mark.gpu
+        def test_gpu(): pytest.skip('needs sm_90')
+        @pytest.mark.gpu
+        @pytest.mark.skip(reason='later')
+        def test_gpu_later(): pass
+        """
+    )
+    result = project.runpytest_subprocess("-p", "no:cacheprovider")
     assert result.ret == pytest.ExitCode.OK
+    result.assert_outcomes(skipped=3, xfailed=1)
     result.stdout.no_fnmatch_line("*skip audit*")
 
 
 def test_a_failure_stays_a_failure(project: pytest.Pytester) -> None:
     project.makepyfile("import pytest\ndef test_a(): pytest.skip('x')\ndef test_b(): assert 0")
-    result = project.runpytest_inprocess("-p", "no:cacheprovider")
+    result = project.runpytest_subprocess("-p", "no:cacheprovider")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     result.assert_outcomes(failed=1, skipped=1)
 
 
 def test_gpu_tests_skip_visibly(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     project.makepyfile("import pytest\n@pytest.mark.gpu\ndef test_it(): assert False")
-    result = project.runpytest_inprocess("-rs", "-p", "no:cacheprovider")
+    result = project.runpytest_subprocess("-rs", "-p", "no:cacheprovider")
     assert result.ret == pytest.ExitCode.OK
     result.stdout.fnmatch_lines(["SKIPPED*needs a CUDA device"])
 
@@ -328,7 +331,7 @@ def test_each_mode_runs_its_own_tests(
     inside.write_text(
         "import pytest\ndef test_inside(): pass\n@pytest.mark.aot\ndef test_reference_aot(): pass\n"
     )
-    result = project.runpytest_inprocess("-v", "-p", "no:cacheprovider")
+    result = project.runpytest_subprocess("-v", "-p", "no:cacheprovider")
     assert result.ret == pytest.ExitCode.OK
     assert set(re.findall(r"::test_(\w+) PASSED", result.stdout.str())) == expected
 
@@ -355,7 +358,7 @@ def test_report_reads_counts_and_lossless_cells(project: pytest.Pytester) -> Non
         """
     )
     junit = project.path / "junit.xml"
-    project.runpytest_inprocess(f"--junitxml={junit}", "-p", "no:cacheprovider")
+    project.runpytest_subprocess(f"--junitxml={junit}", "-p", "no:cacheprovider")
     read = report.read_junit(junit)
     assert read["counts"] == {"passed": 2, "failed": 1, "errors": 1, "skipped": 1, "xfailed": 1}
     row = {"cells": 1, "sequences": 4, "tokens": 128}
@@ -456,4 +459,5 @@ def test_doctor_on_this_machine(tmp_path: Path) -> None:
     assert {check["arch"] for check in found["kernels"]} == {"sm_80", "sm_90", "sm_100"}
     assert [check for check in found["kernels"] if check["problem"] is not None] == []
     assert found["model"]["cached"] is False
-    assert "the default model" in " ".join(item["what"] for item in found["missing"])
+    missing = {item["what"]: item for item in found["missing"]}
+    assert str(tmp_path) in missing["the default model, SmolLM2-135M-Instruct"]["why"]
