@@ -2,12 +2,55 @@
 
 Imported as ``speckv.kernels`` only: Hugging Face distributes an unrelated top-level package named
 ``kernels``, so any other import name is refused.
+
+The names of `PUBLIC` are attributes of this package. They are imported on first use, so that the
+CPU path (`reference`, `layout`) never imports triton.
 """
 
 from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 if __name__ != "speckv.kernels":
     raise ImportError(
         f"this package must be imported as speckv.kernels, not as {__name__!r} "
         "(the name 'kernels' belongs to an unrelated Hugging Face distribution)"
     )
+
+if TYPE_CHECKING:
+    from .draft_step import DraftStep as DraftStep
+    from .draft_step import draft_step as draft_step
+
+PUBLIC = {
+    "DraftStep": "draft_step",
+    "cutoff": "cutoff",
+    "draft_step": "draft_step",
+    "verify": "verify",
+    "verify_rejection": "rejection",
+}
+"""Module of each public name."""
+
+
+class _Public:
+    """A public name of the package, read from its module.
+
+    Most functions are called like their module, and importing a submodule assigns it to the
+    package: that assignment is dropped, so the name means the function whatever came first.
+    """
+
+    def __init__(self, name: str, module: str) -> None:
+        self._name, self._module = name, f"{__name__}.{module}"
+
+    def __get__(self, package: ModuleType, owner: type | None = None) -> Any:
+        return getattr(importlib.import_module(self._module), self._name)
+
+    def __set__(self, package: ModuleType, value: object) -> None:
+        pass
+
+
+sys.modules[__name__].__class__ = type(
+    "Package", (ModuleType,), {name: _Public(name, module) for name, module in PUBLIC.items()}
+)
