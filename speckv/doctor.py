@@ -127,42 +127,54 @@ def show(console: Console, report: Report) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    facts.add_column(style="dim")
-    facts.add_column(overflow="fold")
+    def fact(name: str, value: str) -> None:
+        console.print(f"[dim]{name:<14}[/dim] {value}", soft_wrap=True)
+
     for name, version in report.versions.items():
-        facts.add_row(name, version or "[red]missing[/red]")
+        fact(name, version or "[red]missing[/red]")
     features = [name for name, present in report.system["features"].items() if present]
-    facts.add_row("system", escape(report.system["os"]))
-    facts.add_row("cpu", escape(f"{report.system['cpu']}, {report.system['threads']} threads"))
-    facts.add_row("cpu features", ", ".join(features) or "none of those speckv profits from")
+    fact("system", escape(report.system["os"]))
+    fact("cpu", escape(f"{report.system['cpu']}, {report.system['threads']} threads"))
+    fact("cpu features", ", ".join(features) or "none of those speckv profits from")
     for device in report.devices:
-        facts.add_row("device", escape(device["name"]))
+        fact("device", escape(device["name"]))
     cached = report.model["folder"] if report.model["cached"] else "not fetched yet"
-    facts.add_row("default model", escape(f"{report.model['name']}: {cached}"))
-    console.print(facts)
+    fact("default model", escape(f"{report.model['name']}: {cached}"))
 
     if report.kernels:
-        table = Table(
-            box=None, padding=(0, 2, 0, 0), header_style="dim", title="kernels, ahead of time"
-        )
-        for heading in ("kernel", "variant", "target", "registers", "spills", "shared", ""):
-            table.add_column(heading, overflow="fold")
-        for check in report.kernels:
-            numbers = (check.registers, check.spills, check.shared_bytes)
-            table.add_row(
-                escape(check.kernel),
-                escape(check.variant),
-                check.arch,
-                *("" if number is None else str(number) for number in numbers),
-                "ok" if check.problem is None else f"[red]{escape(check.problem)}[/red]",
-            )
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for heading in ("kernel", "compiled for", "variants", "registers", "spills", "shared"):
+            table.add_column(heading)
+        for row in _summaries(report.kernels):
+            table.add_row(*row)
         console.print(table)
+        for check in report.kernels:
+            if check.problem is not None:
+                where = f"{check.kernel} {check.variant} {check.arch}"
+                console.print(f"[red]problem[/red] {escape(f'{where}: {check.problem}')}")
 
     for item in report.missing:
         console.print(f"[yellow]missing[/yellow] {escape(f'{item.what}: {item.why}')}")
         console.print(f"        {escape(item.get)}")
     console.print("the CPU path works" if report.cpu_works else "[red]the CPU path fails[/red]")
+
+
+def _summaries(checks: list[KernelCheck]) -> Iterator[tuple[str, ...]]:
+    """Per kernel and target: how many variants are in order, and the most that any one uses."""
+    groups: dict[tuple[str, str], list[KernelCheck]] = {}
+    for check in checks:
+        groups.setdefault((check.kernel, check.arch), []).append(check)
+    for (kernel, arch), group in groups.items():
+        passed = sum(check.problem is None for check in group)
+        most = (
+            max((value for value in values if value is not None), default=None)
+            for values in zip(
+                *((check.registers, check.spills, check.shared_bytes) for check in group),
+                strict=True,
+            )
+        )
+        numbers = ("n/a" if number is None else str(number) for number in most)
+        yield (kernel, arch, f"{passed} of {len(group)}", *numbers)
 
 
 def compile_kernels() -> Iterator[dict[str, Any]]:

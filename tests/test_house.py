@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from speckv import doctor
 from speckv._version import __version__
@@ -443,6 +445,32 @@ def test_doctor_judges_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         "broken": "does not compile: NameError('y is not defined')",
     }
     assert checks[0]["registers"] == 64 and checks[-1]["registers"] is None
+
+
+def test_doctor_shows_failures_and_how_to_mend_them() -> None:
+    checks = [
+        doctor.KernelCheck("k", "a", "sm_90", 40, 0, 64, None),
+        doctor.KernelCheck("k", "b", "sm_90", 90, 0, 32, "more than 64 registers"),
+        doctor.KernelCheck("k", "c", "sm_90", None, None, None, "does not compile: [x]"),
+    ]
+    found = doctor.Report(
+        versions={"speckv": "0.1.0", "gguf": None},
+        system={"os": "Linux", "cpu": "A [fast] one", "threads": 2, "features": {"avx2": True}},
+        devices=[{"type": "cpu", "name": "cpu"}],
+        kernels=checks,
+        model={"name": "m", "folder": "/c", "cached": True},
+        missing=[doctor.Missing("gguf", "not installed", "pip install 'gguf>=0.10'")],
+        cpu_works=False,
+    )
+    console = Console(file=io.StringIO(), width=100)
+    doctor.show(console, found)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"k +sm_90 +1 of 3 +90 +0 +64", shown)
+    assert "problem k b sm_90: more than 64 registers" in shown
+    assert "problem k c sm_90: does not compile: [x]" in shown
+    assert "A [fast] one, 2 threads" in shown
+    assert "pip install 'gguf>=0.10'" in shown
+    assert "the CPU path fails" in shown
 
 
 @pytest.mark.aot
