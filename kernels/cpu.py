@@ -13,7 +13,7 @@ row's place, rows are computed one by one, which is exact by construction and sl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -43,7 +43,7 @@ _DEFINING = 16
 _SHIFTS = (0, 5, 11)
 _COSTLY_WEIGHTS = 1 << 23
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_proven: dict[Hashable, tuple[int, ...]] = {}
+_proven: dict[tuple[object, ...], tuple[int, ...]] = {}
 
 
 def bits_equal(left: Tensor, right: Tensor) -> bool:
@@ -89,9 +89,7 @@ def prove_counts(
     return proven if _DEFINING in proven else ()
 
 
-def cached_proof(
-    key: tuple[Hashable, ...], probe: Callable[[], tuple[int, ...]]
-) -> tuple[int, ...]:
+def cached_proof(key: tuple[object, ...], probe: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
     """The result of ``probe``, run once per process, ``key`` and number of threads."""
     full = (*key, torch.get_num_threads())
     if full not in _proven:
@@ -150,7 +148,7 @@ class InvariantRows:
             rows = tuple(torch.cat((t, t.new_zeros(padded - total, *t.shape[1:]))) for t in rows)
         if padded <= self.counts[-1]:
             return self._run(*rows)[:total]
-        pieces = zip(*(t.split(self.counts[-1]) for t in rows), strict=True)
+        pieces = zip(*(torch.split(t, self.counts[-1]) for t in rows), strict=True)
         return torch.cat([self._run(*piece) for piece in pieces])[:total]
 
 
@@ -182,15 +180,18 @@ class _OneDnn:
 
     @staticmethod
     def pack(weight: Tensor) -> Tensor:
-        return torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        return packed
 
     @staticmethod
     def linear(x: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return out
 
     @staticmethod
     def linear_add(x: Tensor, residual: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, weight, bias, "add")
+        return out
 
 
 class _Plain:

@@ -10,7 +10,7 @@ rows that it sees: no padding and no mask, hence exact by construction.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,8 @@ def round_up_context(rows: int) -> int:
     return max(1, -(-rows // CONTEXT_BLOCK)) * CONTEXT_BLOCK
 
 
-class AttentionPiece(NamedTuple):
+@dataclass(frozen=True)
+class AttentionPiece:
     """Positions of one sequence that are computed in one call.
 
     ``first`` and ``count`` say which rows of the block; ``padded`` the number of query positions of

@@ -67,7 +67,7 @@ class KVCache:
         return self._slot_rows[layer][slot]
 
     def heads(self, layer: int, slot: int, low: int, high: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of cache rows ``low .. high - 1``: views [1, kv_heads, rows, head_dim]."""
+        """Keys and values of cache rows ``low .. high - 1``: views [1, kv_heads, rows, dim]."""
         if low:
             return self._heads(layer, slot, low, high)
         key = (layer, slot, high)

@@ -23,8 +23,8 @@ _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 class DecoderConfig:
     """Geometry and options of a decoder; sizes are in elements, ``rope_theta`` in radians.
 
-    ``windows`` holds per layer the sliding window in positions, or None. ``inv_freq`` [head_dim / 2]
-    and ``rope_scale`` come from the checkpoint's rotary variant.
+    ``windows`` holds per layer the sliding window in positions, or None. ``inv_freq``
+    [head_dim / 2] and ``rope_scale`` come from the checkpoint's rotary variant.
     """
 
     model_type: str

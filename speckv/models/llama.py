@@ -150,7 +150,7 @@ class LlamaDecoder:
         hidden = tokens
         place = start
         chunk = self._counts[-1] if self._on_host else _DEVICE_CHUNK
-        for piece in tokens.split(chunk):
+        for piece in torch.split(tokens, chunk):
             end = place + piece.shape[0]
             hidden = self._hidden(piece[None], [place], cache, [slot], end)
             place = end

@@ -86,10 +86,7 @@ def load_model(
         with SlowProgress(f"Reading {path.name}", enabled=progress) as bar:
             bar.poll()
             model, tokenizer = load_gguf(path)
-        loaded = wrap_model(
-            model, name=name, compression=formats[0], dtype=formats[1], device=place
-        )
-        return loaded, tokenizer
+        return _wrap(model, name, formats, place, progress), tokenizer
     folder, shown = _locate(name, progress)
     with _readable(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -113,12 +110,22 @@ def wrap_model(
     place = _device(device)
     formats = _formats(compression, dtype, place)
     shown = name or str(model.config.name_or_path) or type(model).__name__
+    return _wrap(model, shown, formats, place, progress)
+
+
+def _wrap(
+    model: PreTrainedModel,
+    name: str,
+    formats: tuple[str, torch.dtype],
+    device: torch.device,
+    progress: bool,
+) -> CausalModel:
     if model.config.model_type in LLAMA_FAMILY:
-        return _decoder(model.config, model.state_dict(), shown, formats, place, progress)
+        return _decoder(model.config, model.state_dict(), name, formats, device, progress)
     from speckv.models.adapter import TransformersAdapter
 
     return TransformersAdapter(
-        model, name=shown, compression=formats[0], dtype=formats[1], device=place
+        model, name=name, compression=formats[0], dtype=formats[1], device=device
     )
 
 
@@ -234,14 +241,7 @@ def _load_folder(
 
     with _readable(folder):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return wrap_model(
-        model,
-        name=name,
-        compression=formats[0],
-        dtype=formats[1],
-        device=device,
-        progress=progress,
-    )
+    return _wrap(model, name, formats, device, progress)
 
 
 def _decoder(
@@ -277,7 +277,7 @@ class _SafetensorsFolder:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         else:
             names = sorted(path.name for path in folder.glob("*.safetensors"))
-        files = [safe_open(folder / name, framework="pt") for name in names]
+        files: list[Any] = [safe_open(folder / name, framework="pt") for name in names]
         self._file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118
 
     def __contains__(self, name: object) -> bool:

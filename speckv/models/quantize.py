@@ -2,9 +2,9 @@
 
 Compression is weight-only and row- or block-wise, so it depends on nothing but the weight: int8 is
 bitsandbytes' row-wise format (codes CB int8 and absolute row maxima SCB, a weight being
-``CB * SCB / 127``), nf4 its 4-bit NormalFloat format (Dettmers et al., QLoRA, 2023) in blocks of 64
-without double quantisation. Only the linear layers of the decoder blocks are compressed; embeddings,
-norms and the head stay in the activation type, as in transformers.
+``CB * SCB / 127``), nf4 its 4-bit NormalFloat format (Dettmers et al., QLoRA, 2023) in blocks of
+64 without double quantisation. Only the linear layers of the decoder blocks are compressed;
+embeddings, norms and the head stay in the activation type, as in transformers.
 
 On the CPU a compressed weight is expanded once, at load, and runs dense: the numerics are those of
 the compressed model, the memory is not saved. On CUDA it stays packed and is expanded per call.
@@ -78,9 +78,9 @@ def resolve_formats(
     compression : str
         One of ``fp32``, ``fp16``, ``bf16``, ``int8``, ``nf4``.
     dtype : torch.dtype or str, optional
-        Type of activations and KV cache: a torch type, or ``fp32``, ``fp16`` or ``bf16``. By default
-        it follows the compression; int8 and nf4 take bf16 where the device computes in it, else
-        fp32.
+        Type of activations and KV cache: a torch type, or ``fp32``, ``fp16`` or ``bf16``. By
+        default it follows the compression; int8 and nf4 take bf16 where the device computes in it,
+        else fp32.
     device : torch.device
         Where the model will run.
 

@@ -25,9 +25,9 @@ def check_compatible(
 ) -> Tensor | None:
     """Check that every token a draft may propose is a token of the target.
 
-    Without a map both tokenizers must give every id that both models can produce the same token, and
-    agree on the ids of the beginning, end and unknown tokens (padding is never decoded). With a map
-    the tokenizers are not compared: the map is the caller's statement.
+    Without a map both tokenizers must give every id that both models can produce the same token,
+    and agree on the ids of the beginning, end and unknown tokens (padding is never decoded). With a
+    map the tokenizers are not compared: the map is the caller's statement.
 
     Parameters
     ----------
@@ -138,4 +138,4 @@ def apply_chat_template(
         )
     except Exception as error:  # a template is a program of the checkpoint: it raises what it likes
         raise ValueError(f"messages: the chat template refuses them: {error}") from error
-    return [int(i) for i in ids]  # type: ignore[arg-type, call-overload]
+    return [int(i) for i in ids]
