@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,24 @@ def histogram_lines(histogram: Mapping[int, int]) -> list[str]:
 def to_json(document: Mapping[str, Any]) -> str:
     """One line of strict JSON; NaN and infinities, which JSON lacks, become null."""
     return json.dumps(_finite(document), allow_nan=False)
+
+
+@contextmanager
+def progress_bar(
+    console: Console, label: str, total: float | None
+) -> Iterator[Callable[[int], None]]:
+    """A bar while the context lasts; what it yields advances it by so many steps.
+
+    Nothing is drawn where ``console`` is no terminal. Without a total the bar only pulses.
+    """
+    if not console.is_terminal:
+        yield lambda steps: None
+        return
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda steps: progress.advance(task, steps)
 
 
 @contextmanager

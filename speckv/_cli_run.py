@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from ._cli_output import progress_bar
 from .errors import SpeckvError
 
 if TYPE_CHECKING:
@@ -113,14 +114,11 @@ def compare(
     KeyboardInterrupt
         Ctrl-C, whether the engine raised it or reported an interrupted result.
     """
-    from rich.progress import Progress
-
     contenders = (policy, PLAIN, FIXED4)
     same_tokens = params.temperature == 0 or params.coupling == "gumbel"
     speeds: list[list[float]] = [[], [], []]
     identical = True
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("comparing", total=(runs + 1) * len(contenders))
+    with progress_bar(console, "comparing", (runs + 1) * len(contenders)) as advance:
         for index in range(runs + 1):
             for offset in range(len(contenders)):
                 i = (index + offset) % len(contenders)
@@ -130,7 +128,7 @@ def compare(
                 identical = identical and list(result.token_ids) == expected
                 if index > 0:
                     speeds[i].append(result.stats.tokens_per_second)
-                progress.advance(task)
+                advance(1)
     this, plain, fixed4 = speeds
     return Comparison(
         this=median(this),

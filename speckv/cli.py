@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .engine import Engine, Prompt
-    from .results import Chunk, Result
+    from .results import Result
 
 _INTERRUPTED = 130
 
@@ -279,7 +279,7 @@ def _generate_shown(
 ) -> Result:
     """Stream one generation to stdout or, with ``quiet``, behind a progress bar on stderr."""
     from ._cli_chat import write_chunk
-    from ._cli_output import stderr_console, stdout_to_stderr
+    from ._cli_output import progress_bar, stderr_console, stdout_to_stderr
     from ._cli_run import follow
 
     if not quiet:
@@ -287,19 +287,13 @@ def _generate_shown(
         typer.echo()
         return result
 
-    from rich.progress import Progress
-
-    console = stderr_console()
     with (
         stdout_to_stderr(),
-        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+        progress_bar(stderr_console(), "generating", params.max_new_tokens) as advance,
     ):
-        task = progress.add_task("generating", total=params.max_new_tokens)
-
-        def advance(chunk: Chunk) -> None:
-            progress.advance(task, len(chunk.token_ids))
-
-        return follow(engine.stream(asked, params, chat=chat), advance)
+        return follow(
+            engine.stream(asked, params, chat=chat), lambda chunk: advance(len(chunk.token_ids))
+        )
 
 
 def _compare(

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ._cli_output import progress_bar
 from ._version import __version__
 
 if TYPE_CHECKING:
@@ -224,8 +225,6 @@ def _check_kernels(
     if versions["triton"] is None:
         return [], None  # already reported as a missing package
 
-    from rich.progress import Progress
-
     root = str(Path(__file__).resolve().parent.parent)
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     program = (
@@ -237,7 +236,7 @@ def _check_kernels(
     checks: list[KernelCheck] = []
     total = 0
     with (
-        Progress(console=console, transient=True, disable=not console.is_terminal) as progress,
+        progress_bar(console, "compiling kernels", None) as advance,
         tempfile.TemporaryFile("w+", encoding="utf-8") as complaints,
         subprocess.Popen(
             [sys.executable, "-c", program],
@@ -252,15 +251,13 @@ def _check_kernels(
         watchdog = threading.Timer(_COMPILE_TIMEOUT_S, child.kill)
         watchdog.daemon = True
         watchdog.start()
-        task = progress.add_task("compiling kernels", total=None)
         for line in child.stdout:
             record = json.loads(line)
             if "total" in record:
                 total = record["total"]
-                progress.update(task, total=total)
             else:
                 checks.append(KernelCheck(**record))
-                progress.advance(task)
+                advance(1)
         child.wait()
         watchdog.cancel()
         complaints.seek(0)

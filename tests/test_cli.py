@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from speckv import cli
 from speckv._cli_options import ModelOptions, resolve_policy
-from speckv._cli_output import histogram_lines, stdout_to_stderr, to_json
+from speckv._cli_output import histogram_lines, progress_bar, stdout_to_stderr, to_json
 from speckv._cli_run import follow
 from speckv.decoding.stats import Stats
 from speckv.errors import ModelError, NumericsError, PolicyError, SpeckvError
@@ -142,7 +143,7 @@ def test_json_is_one_object_and_nothing_else(engine: FakeEngine, capsys: Capture
     out, err = capsys.readouterr()
     document = json.loads(out)
     assert out.count("\n") == 1
-    assert "a library's own chatter" in err
+    assert err == "target fake (fp32, float32), draft none\na library's own chatter\n"
     assert set(document) == {"text", "token_ids", "finish_reason", "stats"}
     assert document["text"] == "The sky is blue."
     assert document["token_ids"] == [0, 1, 2, 3, 4]
@@ -505,6 +506,15 @@ def test_histogram_fills_gaps_and_never_hides_a_step() -> None:
     assert {len(bar) for bar in bars} == {30}
     assert bars[0].strip() == "" and bars[1].strip() == "▏" and bars[3] == "█" * 30
     assert histogram_lines({}) == []
+
+
+def test_a_progress_bar_is_for_terminals_only() -> None:
+    for terminal in (False, True):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=60)
+        with progress_bar(console, "comparing", 4) as advance:
+            advance(4)
+        shown = console.file.getvalue()  # type: ignore[attr-defined]
+        assert ("comparing" in shown and "100%" in shown) if terminal else shown == ""
 
 
 def test_json_has_no_nan() -> None:

@@ -150,7 +150,7 @@ _SELF = ("self", "cls")
 
 @pytest.mark.parametrize("path", SOURCES, ids=_id)
 def test_modules_stay_small(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 550
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 600
 
 
 def test_errors() -> None:
