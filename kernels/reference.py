@@ -106,7 +106,12 @@ def gumbel(
 
 
 def cutoff(
-    logits: Tensor, inv_temperature: Tensor, top_k: Tensor, top_p: Tensor
+    logits: Tensor,
+    inv_temperature: Tensor,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    *,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The lowest kept logit and the log-sum-exp of what is kept, under Hugging Face's warpers.
 
@@ -118,24 +123,36 @@ def cutoff(
     logits : floating [R, V]
     inv_temperature : float32 [R]
         1 / temperature; 0 means greedy, for which 1 is used (the cutoff does not matter there).
-    top_k : int32 [R]
-        0 keeps all.
-    top_p : float32 [R]
-        In (0, 1]; 1 keeps all.
+    top_k : int32 [R], optional
+        0 keeps all. None: every row does.
+    top_p : float32 [R], optional
+        In (0, 1]; 1 keeps all. None: every row does.
+    rows : int32 [B, ROW_WORDS], optional
+        `StepState.rows` of B sequences with R / B positions each, in order. Positions of sequences
+        that are done, and beyond DRAFTED, are skipped.
 
     Returns
     -------
     cutoff : float32 [R]
-        Raw logit: keep ``logits >= cutoff``. ``-inf`` where nothing is dropped.
+        Raw logit: keep ``logits >= cutoff``. ``-inf`` where nothing is dropped or the row skipped.
     lse : float32 [R]
-        ``log(sum(exp(logits * inv_temperature)))`` over the kept tokens.
+        ``log(sum(exp(logits * inv_temperature)))`` over the kept tokens; NaN for a row without a
+        token, or skipped.
     """
-    rows = logits.shape[0]
-    low = torch.full((rows,), -math.inf, device=logits.device)
-    lse = torch.empty(rows, device=logits.device)
-    for i in range(rows):
+    count = logits.shape[0]
+    low = torch.full((count,), -math.inf, device=logits.device)
+    lse = torch.full((count,), math.nan, device=logits.device)
+    for i in range(count):
+        if rows is not None:
+            width = count // rows.shape[0]
+            of_row = rows[i // width]
+            if of_row[at.DONE] or i % width > of_row[at.DRAFTED]:
+                continue
         x, inv = logits[i].float(), float(inv_temperature[i]) or 1.0
-        k, p = int(top_k[i]), float(top_p[i])
+        k = 0 if top_k is None else int(top_k[i])
+        p = 1.0 if top_p is None else float(top_p[i])
+        if not math.isfinite(x.max()):
+            continue
         kept = x
         if 0 < k < x.numel():
             low[i] = x.topk(k).values[-1]

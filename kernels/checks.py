@@ -1,0 +1,65 @@
+"""Validation that the public functions of the kernels share. Imports no triton."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_DTYPES = {
+    "floating": (torch.float32, torch.float16, torch.bfloat16),
+    "float32": (torch.float32,),
+    "int32": (torch.int32,),
+    "int64": (torch.int64,),
+}
+
+
+def check_tensor(
+    name: str,
+    tensor: object,
+    dtype: str,
+    shape: tuple[int | None, ...],
+    device: torch.device | None = None,
+    *,
+    dense: bool = False,
+) -> None:
+    """Refuse a tensor of another dtype, shape, device or stride than expected.
+
+    Parameters
+    ----------
+    name : str
+        Of the argument, for the message.
+    dtype : str
+        ``"floating"`` (fp32, fp16, bf16), ``"float32"``, ``"int32"`` or ``"int64"``.
+    shape : tuple
+        None where any size will do.
+    device : torch.device, optional
+        None: any.
+    dense : bool
+        Whether the tensor must be contiguous; otherwise its last dimension must have unit stride.
+
+    Raises
+    ------
+    TypeError
+        Not a tensor, or of another dtype.
+    ValueError
+        Another shape, device or stride.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor of {dtype}, got {type(tensor).__name__}")
+    wanted = f"{dtype} [{', '.join('any' if n is None else str(n) for n in shape)}]"
+    got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    if tensor.dtype not in _DTYPES[dtype]:
+        raise TypeError(f"{name}: expected {wanted}, got {got}")
+    fits = len(shape) == tensor.ndim and all(
+        want is None or want == size for want, size in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name}: expected {wanted}, got {got}")
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
+    if dense and not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(
+            f"{name}: expected unit stride in the last dimension, got {tensor.stride(-1)}"
+        )
