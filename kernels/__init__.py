@@ -21,11 +21,20 @@ if __name__ != "speckv.kernels":
     )
 
 if TYPE_CHECKING:
+    from .cutoff import Cutoff as Cutoff
+    from .cutoff import cutoff as cutoff
     from .draft_step import DraftStep as DraftStep
     from .draft_step import draft_step as draft_step
+    from .rejection import VerifyRejection as VerifyRejection
+    from .rejection import verify_rejection as verify_rejection
+    from .verify import Verify as Verify
+    from .verify import verify as verify
 
 PUBLIC = {
+    "Cutoff": "cutoff",
     "DraftStep": "draft_step",
+    "Verify": "verify",
+    "VerifyRejection": "rejection",
     "cutoff": "cutoff",
     "draft_step": "draft_step",
     "verify": "verify",

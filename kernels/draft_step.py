@@ -394,7 +394,7 @@ SPECS = (
         name="draft_step",
         kernel=_draft_step_kernel,
         variants=_variants(),
-        max_registers=208,
+        max_registers=216,
         max_shared_bytes=8192,
     ),
 )
