@@ -106,6 +106,9 @@ def _best_gamma(
         logit += tl.load(policy_ptr + at.OUTPUT_BIAS + o)
         survival = 1.0 / (1.0 + tl.exp(-logit))
         tokens = 1.0 + tl.sum(tl.where(o[None, :] < o[:, None], survival[None, :], 0.0), 1)
+    expected = tl.load(policy_ptr + at.EXPECTED_ACCEPTANCE)
+    if expected > 0.0:
+        tokens = 1.0 + (tokens - 1.0) * tl.minimum(acceptance / expected, 1.0)
     value = tokens
     if tl.load(policy_ptr + at.OBJECTIVE) == at.OBJECTIVE_RATE:
         cost = tl.load(policy_ptr + at.COST + o)

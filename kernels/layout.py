@@ -61,6 +61,7 @@ PROBE_EVERY = 6  # after so many steps with γ=0 in a row, draft once; 0: never
 COMPRESSION = 7  # index of the one-hot: fp16 (also bf16, fp32) 0, int8 1, nf4 2
 CANDIDATES = 8  # bit γ set: γ may be chosen by the MLP
 EMA_WEIGHT = 9  # weight of the newest step in ACCEPTANCE
+EXPECTED_ACCEPTANCE = 10  # of the data the MLP was trained on; 0: its predictions are taken as is
 HEADER_WORDS = 16
 FEATURES, HIDDEN, OUTPUTS = 16, 16, 16
 COST = HEADER_WORDS  # ms of a step that verifies γ draft tokens, γ = 0..15, at context 0

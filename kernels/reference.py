@@ -185,7 +185,9 @@ def decide(policy: Tensor, rows: list[int], running: list[float]) -> bool:
     with g the candidate γ of the highest value, stop if ``DRAFTED >= g``. The value of γ is
     E[tokens] (objective tokens) or E[tokens] - λ·cost(γ) (objective rate), where E[tokens(γ)] is
     1 + the sum of P(accepted >= k) for k <= γ (survival layout), or clip(rate(γ), 0, 1)·γ + 1
-    (paper layout). At DRAFTED = 0 the features are those of the last step that drafted; where there
+    (paper layout); an MLP trained on another pair is held to this one's record: where
+    EXPECTED_ACCEPTANCE is positive, the predicted accepted tokens are scaled by
+    min(ACCEPTANCE / EXPECTED_ACCEPTANCE, 1). At DRAFTED = 0 the features are those of the last step that drafted; where there
     is none, or after PROBE_EVERY steps with γ=0, one token is drafted to find out.
 
     Parameters
@@ -237,6 +239,9 @@ def best_gamma(policy: Tensor, rows: list[int], running: list[float]) -> int:
         logit = output @ hidden.relu() + block(at.OUTPUT_BIAS, at.OUTPUTS)
         survival = torch.sigmoid(logit)[: at.GAMMA_MAX]
         tokens = torch.cat([torch.ones(1), survival]).cumsum(0)
+    expected = header[at.EXPECTED_ACCEPTANCE]
+    if expected > 0.0:
+        tokens = 1.0 + (tokens - 1.0) * min(running[at.ACCEPTANCE] / expected, 1.0)
     value = tokens
     if int(header[at.OBJECTIVE]) == at.OBJECTIVE_RATE:
         cost = block(at.COST, at.WIDTH_MAX)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -51,6 +51,9 @@ class Policy:
         ``OBJECTIVE_*``; the rate objective needs a cost table to be packed.
     candidates : tuple of int
         The γ that the MLP chooses from.
+    expected_acceptance : float
+        Mean acceptance rate of the MLP's training data, if they are those of another pair of
+        models: a pair that accepts less has its predictions scaled down. 0: no scaling.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Policy:
     mlp: Mlp | None = None
     objective: int = at.OBJECTIVE_TOKENS
     candidates: tuple[int, ...] = ()
+    expected_acceptance: float = 0.0
 
     @property
     def never_drafts(self) -> bool:
@@ -97,6 +101,7 @@ class Policy:
         buffer[at.EMA_WEIGHT] = _EMA_WEIGHT
         if self.mlp is not None:
             self.mlp.pack_into(buffer)
+            buffer[at.EXPECTED_ACCEPTANCE] = self.expected_acceptance
         if self.needs_cost:
             if cost is None:
                 raise ValueError(f"policy {self.name!r} needs a cost table, got None")
@@ -135,7 +140,10 @@ def parse_policy(name: str | Policy) -> Policy:
     if name == "paper":
         return _of_mlp(name, shipped_mlp("paper"))
     if name == "speckv":
-        return _of_mlp(name, shipped_mlp("paper"), rate=True)
+        mlp = shipped_mlp("paper")
+        return replace(
+            _of_mlp(name, mlp, rate=True), expected_acceptance=float(mlp.card["mean_acceptance"])
+        )
     raise ValueError(f"policy: expected {_EXPECTED}, got {name!r}")
 
 

@@ -83,6 +83,7 @@ def train(path: Path) -> Mlp:
         "source": "arXiv 2605.02888, released step data",
         "rows": len(inputs),
         "held_out_correlation": correlation,
+        "mean_acceptance": float(acceptance.mean()),
         "random_state": 42,
     }
     return pack(final.coefs_, final.intercepts_, card)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from speckv.errors import PolicyError
 from speckv.kernels import layout as at
+from speckv.kernels import reference
 from speckv.policies import CostTable, Mlp, parse_policy
 from speckv.policies.mlp import FORMAT, VERSION
 
@@ -155,3 +156,18 @@ def test_weights_of_another_shape_or_kind_are_refused() -> None:
             Mlp(at.LAYOUT_PAPER, (2,), tensors() | {name: value})
     with pytest.raises(PolicyError, match="gammas"):
         Mlp(at.LAYOUT_PAPER, (), tensors())
+
+
+def decision(packed: Tensor, acceptance: float) -> int:
+    rows = [0] * at.ROW_WORDS
+    rows[at.LENGTH], rows[at.LIMIT] = 50, 500
+    confident = [0.2, 0.3, 0.95, 0.9, 0.2, 0.95, 0.93, acceptance]
+    return reference.best_gamma(packed, rows, confident)
+
+
+def test_speckv_does_not_trust_signals_that_the_record_belies() -> None:
+    packed = parse_policy("speckv").pack("fp16", COST)
+    assert decision(packed, acceptance=0.9) >= 4
+    assert decision(packed, acceptance=0.01) == 0
+    paper = parse_policy("paper").pack("fp16")
+    assert decision(paper, acceptance=0.01) == decision(paper, acceptance=0.9) == 8
