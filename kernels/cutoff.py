@@ -8,11 +8,12 @@ top, is less than p. Two launches, each one pass over the logits, and no sort:
    derives a floor that is certainly not above the cutoff: about the k-th largest of the maxima of
    many groups of tokens, or the logit below which the whole vocabulary weighs less than top-p may
    drop. Rows that are not truncated are finished here.
-2. Selection: the few tokens at or above the floor are gathered, split by split; the last program
-   to arrive finds the cutoff among them by bisection over integer keys.
+2. Selection: the few tokens at or above the floor are gathered; the last program to arrive finds
+   the cutoff among them by bisection over integer keys.
 
-Nothing depends on the order of arrival: partial results are merged in index order, and there is no
-floating-point atomic. The semantics are those of `reference.cutoff`.
+Nothing depends on the order of arrival: partial sums are merged in index order, the gathered tokens
+are counted and weighed in integers, and there is no floating-point atomic. The semantics are those
+of `reference.cutoff`.
 
 Rules: ties at the cutoff are all kept; where fewer than k tokens are possible all of them are, and
 the cutoff is ``-inf``; a row with NaN, ``+inf`` or nothing but ``-inf`` gets the cutoff ``-inf``
@@ -52,10 +53,10 @@ class CutoffScratch:
         Largest logit of each group of a split.
     bound : float32 [R, 3]
         Floor (``inf``: nothing to select), largest logit, sum of exponentials relative to it.
-    candidate : floating [R, splits * blocks * block]
-        Logits at or above the floor, each split's at the start of its range.
-    count : int32 [R, splits]
-        How many.
+    candidate : floating [R, V]
+        Logits at or above the floor, packed, in no particular order.
+    cursor : int32 [R]
+        How many; zero between launches.
     counter : int32 [R]
         Programs of a row that have arrived; zero between launches.
     """
@@ -66,24 +67,28 @@ class CutoffScratch:
     group: Tensor
     bound: Tensor
     candidate: Tensor
-    count: Tensor
+    cursor: Tensor
     counter: Tensor
 
     @classmethod
     def allocate(
-        cls, rows: int, dtype: torch.dtype, config: SplitConfig, device: torch.device | str
+        cls,
+        rows: int,
+        vocabulary: int,
+        dtype: torch.dtype,
+        config: SplitConfig,
+        device: torch.device | str,
     ) -> CutoffScratch:
-        """Scratch for ``rows`` rows of logits of ``dtype``, split by ``config``."""
+        """Scratch for logits [rows, vocabulary] of ``dtype``, split by ``config``."""
         splits = config.splits
-        span = splits * config.blocks * config.block
         return cls(
             config=config,
             top=torch.empty(rows, splits, device=device),
             total=torch.empty(rows, splits, device=device),
             group=torch.empty(rows, splits, GROUPS, device=device),
             bound=torch.empty(rows, 3, device=device),
-            candidate=torch.empty(rows, span, dtype=dtype, device=device),
-            count=torch.empty(rows, splits, dtype=torch.int32, device=device),
+            candidate=torch.empty(rows, vocabulary, dtype=dtype, device=device),
+            cursor=torch.zeros(rows, dtype=torch.int32, device=device),
             counter=torch.zeros(rows, dtype=torch.int32, device=device),
         )
 
@@ -109,7 +114,7 @@ def cutoff_out(
     logits, inv_temperature, top_k, top_p, rows
         As in `cutoff`.
     scratch : CutoffScratch
-        Of this R and dtype, and of a config made for this vocabulary.
+        Of this shape and dtype.
     cutoffs, lse : float32 [R], contiguous
         Written, but for rows that are skipped.
     """
@@ -155,7 +160,7 @@ def cutoff_out(
             *inputs,
             scratch.bound,
             scratch.candidate,
-            scratch.count,
+            scratch.cursor,
             scratch.counter,
             config.blocks,
             **options,
@@ -215,7 +220,7 @@ class Cutoff:
         self._scratch = None
         if device.type != "cpu":
             config = _select_config(vocabulary)
-            self._scratch = CutoffScratch.allocate(count, logits.dtype, config, device)
+            self._scratch = CutoffScratch.allocate(count, vocabulary, logits.dtype, config, device)
 
     def __call__(self, logits: Tensor) -> None:
         """Fill the results. Shape, dtype and device of ``logits`` are those of the example."""
@@ -326,7 +331,7 @@ def _sum_variant(name: str, truncated: bool, rows: bool) -> Variant:
 
 
 def _select_variant(name: str, rows: bool) -> Variant:
-    return _variant(name, {"candidate_ptr": f"*{name}", "count_ptr": "*i32"}, True, rows)
+    return _variant(name, {"candidate_ptr": f"*{name}", "cursor_ptr": "*i32"}, True, rows)
 
 
 SPECS = (

@@ -1,7 +1,8 @@
 """The two kernels of `cutoff`: sums and a floor for each row, then exact selection above the floor.
 
-Order is that of integer keys: fp32 bits, made monotonic. A key's rank is found by bisection, whose
-sums run over a fixed tile in a fixed order, so that results do not depend on the order of arrival.
+Order is that of integer keys: fp32 bits, made monotonic. Candidates are gathered in the order of
+arrival, but nothing depends on it: the bisection over keys counts them and adds up their masses as
+integers, in units of 2**-40 of the most likely token's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from .scan import _arrives_last
 GROUPS = 32
 """Groups of a split whose maxima bound the k-th largest logit from below."""
 _GROUPS = tl.constexpr(GROUPS)
-_COLUMNS = tl.constexpr(16)  # candidates of each split that the selection takes at a time
+_TILE = tl.constexpr(1024)  # candidates that the selection takes at a time
+_MASS_UNITS = tl.constexpr(2.0**40)
 _ABOVE_INFINITY = tl.constexpr(-0x7F800000)  # the lowest key of a finite logit
 
 
@@ -168,62 +170,56 @@ def _cutoff_sum_kernel(
 
 
 @triton.jit
-def _gather(b_x, first_slot, count, candidate_ptr, floor, BLOCK: tl.constexpr):
-    """Append what of a block is at or above the floor to the split's candidates, in order."""
+def _gather(b_x, floor, candidate_ptr, cursor_ptr):
+    """Append what of a block is at or above the floor to the row's candidates."""
     keep = (b_x >= floor) & (b_x > float("-inf"))
     b_place = tl.cumsum(keep.to(tl.int32), 0)
-    tl.store(candidate_ptr + first_slot + count + b_place - 1, b_x, mask=keep)
-    return count + tl.sum(keep.to(tl.int32), 0)
+    first = tl.atomic_add(cursor_ptr, tl.max(b_place, 0), sem="relaxed")
+    tl.store(candidate_ptr + first + b_place - 1, b_x, mask=keep)
 
 
 @triton.jit
-def _candidates(candidate_ptr, o_first, b_count, column):
-    """fp32 [SPLITS, COLUMNS] of the candidates; -inf where a split has no more."""
-    o_column = column + tl.arange(0, _COLUMNS)
-    return tl.load(
-        candidate_ptr + o_first[:, None] + o_column[None, :],
-        mask=o_column[None, :] < b_count[:, None],
-        other=float("-inf"),
-    ).to(tl.float32)
+def _candidates(candidate_ptr, first, number):
+    """fp32 [TILE] of the candidates from ``first`` on; -inf behind the last."""
+    o = first + tl.arange(0, _TILE)
+    return tl.load(candidate_ptr + o, mask=o < number, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
-def _at_or_above(candidate_ptr, o_first, b_count, key, top, inv):
+def _at_or_above(candidate_ptr, number, key, top, inv):
     """Number and mass, relative to ``top``, of the candidates whose keys are at least ``key``."""
-    b_number = tl.zeros([_COLUMNS], tl.int32)
-    b_mass = tl.zeros([_COLUMNS], tl.float32)
-    for column in range(0, tl.max(b_count, 0), _COLUMNS):
-        b_x = _candidates(candidate_ptr, o_first, b_count, column)
+    b_count = tl.zeros([_TILE], tl.int32)
+    b_mass = tl.zeros([_TILE], tl.int64)
+    for first in range(0, number, _TILE):
+        b_x = _candidates(candidate_ptr, first, number)
         kept = _key(b_x) >= key
-        b_number += tl.sum(kept.to(tl.int32), 0)
-        b_mass += tl.sum(tl.where(kept, tl.exp((b_x - top) * inv), 0.0), 0)
-    return tl.sum(b_number, 0), tl.sum(b_mass, 0)
+        b_count += kept.to(tl.int32)
+        b_units = tl.where(kept, tl.exp((b_x - top) * inv), 0.0) * _MASS_UNITS
+        b_mass += b_units.to(tl.int64)
+    return tl.sum(b_count, 0), tl.sum(b_mass, 0).to(tl.float32) / _MASS_UNITS
 
 
 @triton.jit
-def _select(
-    candidate_ptr, o_first, b_count, low, number_low, k, mass, top, inv, BY_MASS: tl.constexpr
-):
+def _select(candidate_ptr, number, low, count_low, k, mass, top, inv, BY_MASS: tl.constexpr):
     """Largest candidate with at least ``k`` candidates, or ``mass``, at or above it.
 
-    Bisection between the key ``low``, which has ``number_low`` at or above it, and the key of
-    ``top``, until one candidate or one key is left.
+    Bisection between the key ``low``, which ``count_low`` are at or above, and the key of ``top``,
+    until one candidate or one key is left.
     """
     high = _key(top) + 1
-    number_high = number_low * 0
-    while (low + 1 < high) & (number_low - number_high > 1):
+    count_high = count_low * 0
+    while (low + 1 < high) & (count_low - count_high > 1):
         middle = (low & high) + ((low ^ high) >> 1)
-        number, above = _at_or_above(candidate_ptr, o_first, b_count, middle, top, inv)
-        enough = above >= mass if BY_MASS else number >= k
+        count, above = _at_or_above(candidate_ptr, number, middle, top, inv)
+        enough = above >= mass if BY_MASS else count >= k
         if enough:
-            low, number_low = middle, number
+            low, count_low = middle, count
         else:
-            high, number_high = middle, number
-    b_lowest = tl.full([_COLUMNS], float("inf"), tl.float32)
-    for column in range(0, tl.max(b_count, 0), _COLUMNS):
-        b_x = _candidates(candidate_ptr, o_first, b_count, column)
-        b_x = tl.where(_key(b_x) >= low, b_x, float("inf"))
-        b_lowest = tl.minimum(b_lowest, tl.min(b_x, 0))
+            high, count_high = middle, count
+    b_lowest = tl.full([_TILE], float("inf"), tl.float32)
+    for first in range(0, number, _TILE):
+        b_x = _candidates(candidate_ptr, first, number)
+        b_lowest = tl.minimum(b_lowest, tl.where(_key(b_x) >= low, b_x, float("inf")))
     return tl.min(b_lowest, 0)
 
 
@@ -243,7 +239,7 @@ def _cutoff_select_kernel(
     # scratch
     bound_ptr,
     candidate_ptr,
-    count_ptr,
+    cursor_ptr,
     counter_ptr,
     # shape
     blocks,
@@ -263,51 +259,39 @@ def _cutoff_select_kernel(
 
     o = tl.arange(0, BLOCK)
     logits_ptr += i_row * stride_lr
-    span = blocks * BLOCK
-    candidate_ptr += i_row * splits * span
-    start = i_split * span
-    count = tl.full((), 0, tl.int32)
+    candidate_ptr += i_row * vocabulary
+    cursor_ptr += i_row
+    start = i_split * blocks * BLOCK
     full = tl.minimum(blocks, (vocabulary - start) // BLOCK)
     for i in range(0, full):
         b_x = tl.load(logits_ptr + start + i * BLOCK + o, eviction_policy="evict_first")
-        count = _gather(b_x.to(tl.float32), start, count, candidate_ptr, floor, BLOCK)
+        _gather(b_x.to(tl.float32), floor, candidate_ptr, cursor_ptr)
     first = start + full * BLOCK
     if (full < blocks) & (first < vocabulary):
         b_x = tl.load(logits_ptr + first + o, mask=first + o < vocabulary, other=float("-inf"))
-        count = _gather(b_x.to(tl.float32), start, count, candidate_ptr, floor, BLOCK)
-    tl.store(count_ptr + i_row * splits + i_split, count)
+        _gather(b_x.to(tl.float32), floor, candidate_ptr, cursor_ptr)
 
     if _arrives_last(counter_ptr + i_row, splits):
-        o_split = tl.arange(0, SPLITS)
-        b_count = tl.load(
-            count_ptr + i_row * splits + o_split,
-            mask=o_split < splits,
-            other=0,
-            cache_modifier=".cg",
-        )
-        o_first = o_split * span
+        number = tl.load(cursor_ptr, cache_modifier=".cg")
+        tl.store(cursor_ptr, 0)
         top = tl.load(bound_ptr + i_row * 3 + 1)
         mass = tl.load(bound_ptr + i_row * 3 + 2)
         inv = tl.load(inv_ptr + i_row)
         inv = tl.where(inv == 0.0, 1.0, inv)
-        number = tl.sum(b_count, 0)
         low = tl.maximum(_key(floor), _ABOVE_INFINITY)
+        count = number
         cutoff = tl.full((), float("-inf"), tl.float32)
         if HAS_K:
             k = tl.load(k_ptr + i_row)
             # Fewer than k possible tokens: the k-th largest logit is -inf, and all are kept.
             if (k > 0) & (k < vocabulary) & (k <= number):
-                cutoff = _select(
-                    candidate_ptr, o_first, b_count, low, number, k, mass, top, inv, False
-                )
+                cutoff = _select(candidate_ptr, number, low, number, k, mass, top, inv, False)
                 low = _key(cutoff)
-                number, mass = _at_or_above(candidate_ptr, o_first, b_count, low, top, inv)
+                count, mass = _at_or_above(candidate_ptr, number, low, top, inv)
         if HAS_P:
             p = tl.load(p_ptr + i_row)
             if p < 1.0:
-                cutoff = _select(
-                    candidate_ptr, o_first, b_count, low, number, 0, p * mass, top, inv, True
-                )
-                number, mass = _at_or_above(candidate_ptr, o_first, b_count, _key(cutoff), top, inv)
+                cutoff = _select(candidate_ptr, number, low, count, 0, p * mass, top, inv, True)
+                _, mass = _at_or_above(candidate_ptr, number, _key(cutoff), top, inv)
         tl.store(cutoff_ptr + i_row, cutoff)
         tl.store(lse_ptr + i_row, tl.log(mass) + top * inv)
