@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from speckv.kernels.cpu_attention import round_up_context
 
-__all__ = ["SLACK_ROWS", "KVCache"]
+__all__ = ["SLACK_ROWS", "KVCache", "host_positions", "host_slots"]
 
 SLACK_ROWS = 16
 """Rows beyond the capacity, so that a padded verification block never writes outside."""
@@ -81,3 +83,42 @@ class KVCache:
     def _heads(self, layer: int, slot: int, low: int, high: int) -> tuple[Tensor, Tensor]:
         rows = self._slot_rows[layer][slot][low:high].transpose(0, 1).unsqueeze(0)
         return rows[:, : self.kv_heads], rows[:, self.kv_heads :]
+
+
+def host_slots(slots: Sequence[int] | Tensor | None, batch: int, cache: KVCache) -> list[int]:
+    """Cache slots as integers; 0 .. batch - 1 for None.
+
+    Raises
+    ------
+    ValueError
+        If their number is not ``batch`` or one is not in the cache.
+    """
+    found = list(range(batch)) if slots is None else _ints(slots)
+    if len(found) != batch or min(found) < 0 or max(found) >= cache.slots:
+        raise ValueError(
+            f"slots: expected {batch} of the cache's slots 0 to {cache.slots - 1}, got {found}"
+        )
+    return found
+
+
+def host_positions(
+    start: Sequence[int] | Tensor, batch: int, width: int, cache: KVCache
+) -> list[int]:
+    """Start positions as integers.
+
+    Raises
+    ------
+    ValueError
+        If their number is not ``batch``, or a block of ``width`` positions leaves the cache.
+    """
+    found = _ints(start)
+    if len(found) != batch or min(found) < 0 or max(found) + width > cache.rows:
+        raise ValueError(
+            f"start: expected {batch} positions from which {width} more fit into "
+            f"{cache.rows} cache rows, got {found}"
+        )
+    return found
+
+
+def _ints(values: Sequence[int] | Tensor) -> list[int]:
+    return values.tolist() if isinstance(values, Tensor) else [int(value) for value in values]

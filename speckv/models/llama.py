@@ -11,7 +11,7 @@ from torch import Tensor
 from speckv.kernels import functional
 from speckv.kernels.cpu import ProvenRows, common_counts, round_up_rows
 from speckv.kernels.cpu_attention import AttentionPiece, CpuAttention, round_up_context
-from speckv.models.cache import KVCache
+from speckv.models.cache import KVCache, host_positions, host_slots
 from speckv.models.config import DecoderConfig
 from speckv.models.weights import DecoderWeights, TensorSource, build_weights
 
@@ -52,7 +52,7 @@ class LlamaDecoder:
         self.device = weights.embedding.device
         self._weights = weights
         self._table = weights.embedding.new_empty(0, 2, config.head_dim)
-        self._on_host = self.device.type == "cpu"
+        self._on_host = isinstance(weights.head, ProvenRows)
         if self._on_host:
             self._attention = CpuAttention(
                 config.heads, config.kv_heads, config.head_dim, self.dtype
@@ -69,11 +69,18 @@ class LlamaDecoder:
         compression: str,
         dtype: torch.dtype,
         device: torch.device,
+        invariant: bool | None = None,
         advance: Callable[[], None] | None = None,
     ) -> LlamaDecoder:
         """Build a decoder from a checkpoint's tensors; see ``build_weights`` for the parameters."""
         weights = build_weights(
-            config, source, compression=compression, dtype=dtype, device=device, advance=advance
+            config,
+            source,
+            compression=compression,
+            dtype=dtype,
+            device=device,
+            invariant=invariant,
+            advance=advance,
         )
         return cls(config, weights, name=name, compression=compression)
 
@@ -172,7 +179,8 @@ class LlamaDecoder:
         if self._on_host:
             if torch.get_num_threads() != self._threads:
                 self._plan_rows()
-            step = _HostStep(self._attention, cache, _ints(start), _slots(slots, batch), width)
+            starts = host_positions(start, batch, width, cache)
+            step = _HostStep(self._attention, cache, starts, host_slots(slots, batch, cache), width)
             padding = round_up_rows(batch * width, self._counts) - batch * width
             if padding:
                 ids = torch.cat((ids, ids.new_zeros(padding)))
@@ -229,18 +237,6 @@ class _HostStep:
         slots: list[int],
         width: int,
     ) -> None:
-        if not len(starts) == len(slots):
-            raise ValueError(
-                f"start: expected one position for each of {len(slots)} sequences, "
-                f"got {len(starts)}"
-            )
-        if min(starts) < 0 or max(starts) + width > cache.rows:
-            raise ValueError(
-                f"start: expected positions within the cache of {cache.rows} rows, "
-                f"got {min(starts)} to {max(starts) + width - 1}"
-            )
-        if min(slots) < 0 or max(slots) >= cache.slots:
-            raise ValueError(f"slots: expected 0 to {cache.slots - 1}, got {slots}")
         self._attention = attention
         self._cache = cache
         self._starts, self._slots, self._width = starts, slots, width
@@ -314,11 +310,3 @@ class _DeviceStep:
             self._masks[window] = mask
         queries = blocks[:, :, : self._heads]
         return functional.attention(queries, layer, self._slots, mask).view(rows, -1)
-
-
-def _ints(values: Sequence[int] | Tensor) -> list[int]:
-    return values.tolist() if isinstance(values, Tensor) else [int(value) for value in values]
-
-
-def _slots(slots: Sequence[int] | Tensor | None, batch: int) -> list[int]:
-    return list(range(batch)) if slots is None else _ints(slots)

@@ -86,7 +86,7 @@ def load_model(
         with SlowProgress(f"Reading {path.name}", enabled=progress) as bar:
             bar.poll()
             model, tokenizer = load_gguf(path)
-        return _wrap(model, name, formats, place, progress), tokenizer
+        return _wrap(model, name, formats, place, progress, owned=True), tokenizer
     folder, shown = _locate(name, progress)
     with _readable(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -110,7 +110,7 @@ def wrap_model(
     place = _device(device)
     formats = _formats(compression, dtype, place)
     shown = name or str(model.config.name_or_path) or type(model).__name__
-    return _wrap(model, shown, formats, place, progress)
+    return _wrap(model, shown, formats, place, progress, owned=False)
 
 
 def _wrap(
@@ -119,13 +119,15 @@ def _wrap(
     formats: tuple[str, torch.dtype],
     device: torch.device,
     progress: bool,
+    *,
+    owned: bool,
 ) -> CausalModel:
     if model.config.model_type in LLAMA_FAMILY:
         return _decoder(model.config, model.state_dict(), name, formats, device, progress)
     from speckv.models.adapter import TransformersAdapter
 
     return TransformersAdapter(
-        model, name=name, compression=formats[0], dtype=formats[1], device=device
+        model, name=name, compression=formats[0], dtype=formats[1], device=device, owned=owned
     )
 
 
@@ -241,7 +243,7 @@ def _load_folder(
 
     with _readable(folder):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return _wrap(model, name, formats, device, progress)
+    return _wrap(model, name, formats, device, progress, owned=True)
 
 
 def _decoder(

@@ -13,6 +13,7 @@ the compressed model, the memory is not saved. On CUDA it stays packed and is ex
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -180,6 +181,8 @@ def fuse(parts: Sequence[Compressed]) -> Compressed:
 
 @cache
 def _bitsandbytes() -> Any:
+    # At import it reports, on every machine, an optional kernel that is not used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return importlib.import_module("bitsandbytes.functional")
     except ImportError as error:

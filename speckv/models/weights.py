@@ -73,7 +73,7 @@ class DecoderWeights:
 
 @dataclass(frozen=True)
 class _Expanding:
-    """A packed weight on an accelerator, expanded at every call."""
+    """A packed weight, expanded at every call."""
 
     weight: Int8Weight | Nf4Weight
     bias: Tensor | None
@@ -95,6 +95,7 @@ class _Builder:
     compression: str
     dtype: torch.dtype
     device: torch.device
+    invariant: bool
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         if name not in self.source:
@@ -127,7 +128,7 @@ class _Builder:
                     for name, count in zip(names, rows, strict=True)
                 ]
             ).to(self.dtype)
-        if self.device.type == "cpu":
+        if self.invariant:
             dense = [
                 part if isinstance(part, Tensor) else part.expand(self.dtype) for part in parts
             ]
@@ -176,7 +177,7 @@ class _Builder:
         )
 
     def _row_wise(self, run: RowOperation, proof: Callable[[], tuple[int, ...]]) -> RowOperation:
-        return cpu.ProvenRows(run, proof) if self.device.type == "cpu" else run
+        return cpu.ProvenRows(run, proof) if self.invariant else run
 
     def layer(self, index: int) -> DecoderLayer:
         c, at = self.config, f"model.layers.{index}"
@@ -220,7 +221,7 @@ class _Builder:
         weight = embedding
         if not c.tied:
             weight = self.tensor("lm_head.weight", c.vocab_size, c.hidden).to(self.dtype)
-        if self.device.type == "cpu":
+        if self.invariant:
             return cpu.CpuLinear(weight)
         return partial(functional.linear, weight=weight)
 
@@ -237,6 +238,7 @@ def build_weights(
     compression: str,
     dtype: torch.dtype,
     device: torch.device,
+    invariant: bool | None = None,
     advance: Callable[[], None] | None = None,
 ) -> DecoderWeights:
     """Fuse, compress and place the weights of a checkpoint, layer by layer.
@@ -251,6 +253,9 @@ def build_weights(
         From :func:`speckv.models.quantize.resolve_formats`.
     device : torch.device
         Where the model runs.
+    invariant : bool, optional
+        Whether the operations are the width-invariant ones of the CPU; by default they are on the
+        CPU. Otherwise they are plain torch, and packed weights stay packed.
     advance : callable, optional
         Called once a layer, and once for the head.
 
@@ -259,7 +264,9 @@ def build_weights(
     ModelError
         If a tensor is missing or has another shape.
     """
-    build = _Builder(config, source, compression, dtype, device)
+    if invariant is None:
+        invariant = device.type == "cpu"
+    build = _Builder(config, source, compression, dtype, device, invariant)
     embedding = build.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden)
     embedding = embedding.to(dtype)
     layers = []
