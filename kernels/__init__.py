@@ -1,7 +1,7 @@
 """Tensor functions of speckv: Triton kernels, and the plain-torch reference that is their oracle.
 
 Imported as ``speckv.kernels`` only: Hugging Face distributes an unrelated top-level package named
-``kernels``, so any other import name is refused.
+``kernels``, so under any other name nothing here can be used.
 
 The names of `PUBLIC` are attributes of this package. They are imported on first use, so that the
 CPU path (`reference`, `layout`) never imports triton.
@@ -13,12 +13,6 @@ import importlib
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-if __name__ != "speckv.kernels":
-    raise ImportError(
-        f"this package must be imported as speckv.kernels, not as {__name__!r} "
-        "(the name 'kernels' belongs to an unrelated Hugging Face distribution)"
-    )
 
 if TYPE_CHECKING:
     from .cutoff import Cutoff as Cutoff
@@ -60,6 +54,21 @@ class _Public:
         pass
 
 
-sys.modules[__name__].__class__ = type(
-    "Package", (ModuleType,), {name: _Public(name, module) for name, module in PUBLIC.items()}
-)
+if __name__ == "speckv.kernels":
+    sys.modules[__name__].__class__ = type(
+        "Package", (ModuleType,), {name: _Public(name, module) for name, module in PUBLIC.items()}
+    )
+else:
+    # From the repository root this folder answers to `kernels` too, and transformers looks whether
+    # that distribution is there by importing it. An error here would break transformers; a version
+    # older than any it accepts makes it go on without. Using anything by this name is refused.
+    __version__ = "0.0.0"
+    __path__: list[str] = []
+
+    def __getattr__(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(
+            f"{__name__}.{name}: this package must be imported as speckv.kernels "
+            "(the name 'kernels' belongs to an unrelated Hugging Face distribution)"
+        )

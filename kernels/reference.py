@@ -183,12 +183,12 @@ def decide(policy: Tensor, rows: list[int], running: list[float]) -> bool:
     The rule, in order: stop at the cap ``min(GAMMA_CAP, remaining - 1)``; fixed: never before;
     thresholds: stop *after* the first uncertain token, which is still verified, so never at 0; MLP:
     with g the candidate γ of the highest value, stop if ``DRAFTED >= g``. The value of γ is
-    E[tokens] (objective tokens) or E[tokens] - λ·cost(γ) (objective rate), where E[tokens(γ)] is
-    1 + the sum of P(accepted >= k) for k <= γ (survival layout), or clip(rate(γ), 0, 1)·γ + 1
-    (paper layout); an MLP trained on another pair is held to this one's record: where
-    EXPECTED_ACCEPTANCE is positive, the predicted accepted tokens are scaled by
-    min(ACCEPTANCE / EXPECTED_ACCEPTANCE, 1). At DRAFTED = 0 the features are those of the last step that drafted; where there
-    is none, or after PROBE_EVERY steps with γ=0, one token is drafted to find out.
+    E[tokens] (objective tokens) or E[tokens] - λ·cost(γ) (objective rate), where E[tokens(γ)] is 1
+    + the sum of P(accepted >= k) for k <= γ (survival layout), or clip(rate(γ), 0, 1)·γ + 1 (paper
+    layout); an MLP trained on another pair is held to this one's record: where EXPECTED_ACCEPTANCE
+    is positive, the predicted accepted tokens are scaled by min(ACCEPTANCE / EXPECTED_ACCEPTANCE,
+    1). At DRAFTED = 0 the features are those of the last step that drafted; where there is none, or
+    after PROBE_EVERY steps with γ=0, one token is drafted to find out.
 
     Parameters
     ----------
