@@ -63,7 +63,7 @@ else:
     # that distribution is there by importing it. An error here would break transformers; a version
     # older than any it accepts makes it go on without. Using anything by this name is refused.
     __version__ = "0.0.0"
-    __path__: list[str] = []
+    __path__ = []
 
     def __getattr__(name: str) -> Any:
         if name.startswith("__"):
