@@ -262,7 +262,7 @@ def _verify_rejection_kernel(
         tl.store(token_ptr + slot, token)
 
     if _arrives_last(counter_ptr + i_row, (drafted + 1) * splits):
-        m_scanned = (o <= drafted) & ((inv == 0.0) | (o == closing))
+        m_scanned = tl.where(inv == 0.0, o <= drafted, o == closing)
         stride = 2 * splits
         best, b_token = _merge_splits(score_ptr, token_ptr, stride, o, m_scanned, splits, SPLITS)
         if inv > 0.0:
