@@ -33,14 +33,29 @@ def test_int8_is_bitsandbytes_row_wise_format(weight: Tensor) -> None:
     assert ((expanded - half).abs() <= peak[:, None] / 127 * 0.501).all()
 
 
-def test_nf4_is_bitsandbytes_4_bit_format(weight: Tensor) -> None:
-    import bitsandbytes.functional as library
-
-    packed = compress(weight, "nf4", torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [64, 576])
+def test_nf4_is_bitsandbytes_4_bit_format(columns: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(24, columns, generator=torch.Generator().manual_seed(5)).to(dtype)
+    packed = compress(weight, "nf4", dtype)
     assert isinstance(packed, Nf4Weight)
+    library = quantize._bitsandbytes()
     codes, state = library.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     assert torch.equal(packed.codes, codes.flatten())
-    assert torch.equal(packed.expand(torch.float32), library.dequantize_4bit(codes, state))
+    assert torch.equal(packed.expand(dtype), library.dequantize_4bit(codes, state))
+
+
+def test_nf4_blocks_that_straddle_rows(weight: Tensor) -> None:
+    """bitsandbytes' own CPU expansion is wrong here (rows of 80), so the formula is the oracle."""
+    packed = compress(weight, "nf4", torch.float32)
+    assert isinstance(packed, Nf4Weight)
+    flat, expanded = weight.flatten(), packed.expand(torch.float32).flatten()
+    for block in range(30):
+        rows = slice(64 * block, 64 * block + 64)
+        peak = flat[rows].abs().max()
+        assert packed.absmax[block] == peak
+        nearest = (flat[rows, None] - packed.table * peak).abs().min(1).values
+        assert torch.allclose((flat[rows] - expanded[rows]).abs(), nearest, atol=1e-6)
 
 
 @pytest.mark.parametrize("compression", ["int8", "nf4"])
