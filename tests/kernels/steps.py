@@ -12,6 +12,9 @@ from speckv.kernels import reference
 from speckv.kernels.layout import StepState
 from tests.tolerances import assert_close
 
+MODES = ["greedy", "sampled", "cutoffs"]
+"""What `verify_case` can set up."""
+
 _GUARD = 64
 _SENTINEL = 77
 
@@ -129,3 +132,109 @@ def adopt_target_tokens(
             token = reference._best_token(logits[b, j].float(), inv, low, noise)
             if token >= 0 and float(torch.rand((), generator=generator)) < share:
                 state.sequence[b, length + j] = token
+
+
+def sampling(mode: str, logits: Tensor, generator: torch.Generator) -> dict[str, Tensor | None]:
+    """Arguments of a mode; in the sampled ones every third row is greedy."""
+    if mode == "greedy":
+        return {"inv_temperature": None, "seeds": None, "cutoffs": None}
+    batch = logits.shape[0]
+    inv = 0.3 + 2.0 * torch.rand(batch, generator=generator)
+    inv[torch.arange(batch) % 3 == 2] = 0.0
+    seeds = torch.randint(-(2**62), 2**62, (batch,), generator=generator)
+    cutoffs = None
+    if mode == "cutoffs":
+        cutoffs = logits.float().sort(dim=-1).values[..., logits.shape[-1] // 2].contiguous()
+    return {"inv_temperature": inv, "seeds": seeds, "cutoffs": cutoffs}
+
+
+def verify_case(
+    batch: int, width: int, vocabulary: int, dtype: torch.dtype, mode: str, share: float, seed: int
+) -> tuple[Tensor, StepState, dict[str, Tensor | None]]:
+    """Logits, state and arguments of one `verify`; ``share`` of the drafts are the target's."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = strided((3.0 * torch.randn(batch, width, vocabulary, generator=generator)).to(dtype))
+    state = random_state(batch, width, vocabulary, generator)
+    arguments = sampling(mode, logits, generator)
+    adopt_target_tokens(logits, state, **arguments, share=share, generator=generator)
+    eos = torch.randint(-1, vocabulary, (batch, 3), generator=generator).int()
+    return logits, state, {**arguments, "eos": eos}
+
+
+@dataclass
+class RejectionCase:
+    """Logits, state and arguments of one `verify_rejection`."""
+
+    logits: Tensor
+    state: StepState
+    arguments: dict[str, Tensor | None]
+
+
+def truncation(logits: Tensor, inv: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """Cutoffs and log-sum-exps [B, N] of logits [B, N, V]."""
+    batch, width, vocabulary = logits.shape
+    rows = batch * width
+    low, lse = reference.cutoff(
+        logits.reshape(rows, vocabulary),
+        inv.repeat_interleave(width),
+        torch.full((rows,), top_k, dtype=torch.int32),
+        torch.full((rows,), top_p),
+    )
+    return low.view(batch, width), lse.view(batch, width)
+
+
+def rejection_case(
+    batch: int,
+    width: int,
+    vocabulary: int,
+    dtype: torch.dtype,
+    *,
+    seed: int,
+    similarity: float = 0.8,
+    trimmed: bool = False,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> RejectionCase:
+    """Draft tokens drawn from the draft; it knows half the vocabulary where it is trimmed.
+
+    ``similarity`` 1 makes the draft the target itself, 0 unrelated. Every third row is greedy.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    state = random_state(batch, width, vocabulary, generator)
+    logits = 2.0 * torch.randn(batch, width, vocabulary, generator=generator)
+    other = 2.0 * torch.randn(batch, at.GAMMA_MAX, vocabulary, generator=generator)
+    drafts = min(width, at.GAMMA_MAX)
+    other[:, :drafts] += (logits[:, :drafts] - other[:, :drafts]) * similarity
+    draft_ids = None
+    of_draft = torch.arange(vocabulary)
+    if trimmed:
+        shuffled = torch.randperm(vocabulary, generator=generator)
+        of_draft = shuffled[: max(vocabulary // 2, 1)]
+        draft_ids = torch.full((vocabulary,), -1, dtype=torch.int32)
+        draft_ids[of_draft] = torch.arange(len(of_draft), dtype=torch.int32)
+    logits = strided(logits.to(dtype))
+    draft_logits = strided(other[..., of_draft].to(dtype))
+    inv = 0.5 + torch.rand(batch, generator=generator)
+    inv[torch.arange(batch) % 3 == 2] = 0.0
+    cutoffs, lse = truncation(logits, inv, top_k, top_p)
+    draft_cutoffs, draft_lse = truncation(draft_logits, inv, top_k, top_p)
+    for b in range(batch):
+        length, drafted = (int(state.rows[b, w]) for w in (at.LENGTH, at.DRAFTED))
+        for j in range(drafted):
+            x = draft_logits[b, j].float()
+            weight = (x * (float(inv[b]) or 20.0)).masked_fill(x < draft_cutoffs[b, j], -torch.inf)
+            token = int(torch.multinomial(weight.softmax(0), 1, generator=generator))
+            state.sequence[b, length + j] = of_draft[token]
+    eos = torch.randint(-1, vocabulary, (batch, 2), generator=generator).int()
+    arguments = {
+        "eos": eos,
+        "inv_temperature": inv,
+        "seeds": torch.randint(-(2**62), 2**62, (batch,), generator=generator),
+        "cutoffs": cutoffs,
+        "lse": lse,
+        "draft_logits": draft_logits,
+        "draft_cutoffs": draft_cutoffs,
+        "draft_lse": draft_lse,
+        "draft_ids": draft_ids,
+    }
+    return RejectionCase(logits, state, arguments)

@@ -6,7 +6,7 @@ Both see the same Philox draws, so tokens and counts agree exactly.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,11 +24,12 @@ from speckv.kernels.rejection import (
 from speckv.kernels.split import ChoiceScratch, SplitConfig, split_row
 from tests.kernels.steps import (
     Guards,
+    RejectionCase,
     assert_same_state,
     fixed_policy,
     guarded,
-    random_state,
-    strided,
+    rejection_case,
+    truncation,
 )
 
 pytestmark = [
@@ -40,86 +41,7 @@ pytestmark = [
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@dataclass
-class Case:
-    """Logits, state and arguments of one call."""
-
-    logits: Tensor
-    state: StepState
-    arguments: dict[str, Tensor | None]
-
-
-def truncation(logits: Tensor, inv: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Cutoffs and log-sum-exps [B, N] of logits [B, N, V]."""
-    batch, width, vocabulary = logits.shape
-    rows = batch * width
-    low, lse = reference.cutoff(
-        logits.reshape(rows, vocabulary),
-        inv.repeat_interleave(width),
-        torch.full((rows,), top_k, dtype=torch.int32),
-        torch.full((rows,), top_p),
-    )
-    return low.view(batch, width), lse.view(batch, width)
-
-
-def random_case(
-    batch: int,
-    width: int,
-    vocabulary: int,
-    dtype: torch.dtype,
-    *,
-    seed: int,
-    similarity: float = 0.8,
-    trimmed: bool = False,
-    top_k: int = 0,
-    top_p: float = 1.0,
-) -> Case:
-    """Draft tokens drawn from the draft; it knows half the vocabulary where it is trimmed.
-
-    ``similarity`` 1 makes the draft the target itself, 0 unrelated. Every third row is greedy.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    state = random_state(batch, width, vocabulary, generator)
-    logits = 2.0 * torch.randn(batch, width, vocabulary, generator=generator)
-    other = 2.0 * torch.randn(batch, at.GAMMA_MAX, vocabulary, generator=generator)
-    drafts = min(width, at.GAMMA_MAX)
-    other[:, :drafts] += (logits[:, :drafts] - other[:, :drafts]) * similarity
-    draft_ids = None
-    of_draft = torch.arange(vocabulary)
-    if trimmed:
-        shuffled = torch.randperm(vocabulary, generator=generator)
-        of_draft = shuffled[: max(vocabulary // 2, 1)]
-        draft_ids = torch.full((vocabulary,), -1, dtype=torch.int32)
-        draft_ids[of_draft] = torch.arange(len(of_draft), dtype=torch.int32)
-    logits = strided(logits.to(dtype))
-    draft_logits = strided(other[..., of_draft].to(dtype))
-    inv = 0.5 + torch.rand(batch, generator=generator)
-    inv[torch.arange(batch) % 3 == 2] = 0.0
-    cutoffs, lse = truncation(logits, inv, top_k, top_p)
-    draft_cutoffs, draft_lse = truncation(draft_logits, inv, top_k, top_p)
-    for b in range(batch):
-        length, drafted = (int(state.rows[b, w]) for w in (at.LENGTH, at.DRAFTED))
-        for j in range(drafted):
-            x = draft_logits[b, j].float()
-            weight = (x * (float(inv[b]) or 20.0)).masked_fill(x < draft_cutoffs[b, j], -torch.inf)
-            token = int(torch.multinomial(weight.softmax(0), 1, generator=generator))
-            state.sequence[b, length + j] = of_draft[token]
-    eos = torch.randint(-1, vocabulary, (batch, 2), generator=generator).int()
-    arguments = {
-        "eos": eos,
-        "inv_temperature": inv,
-        "seeds": torch.randint(-(2**62), 2**62, (batch,), generator=generator),
-        "cutoffs": cutoffs,
-        "lse": lse,
-        "draft_logits": draft_logits,
-        "draft_cutoffs": draft_cutoffs,
-        "draft_lse": draft_lse,
-        "draft_ids": draft_ids,
-    }
-    return Case(logits, state, arguments)
-
-
-def launch(case: Case, config: SplitConfig | None = None) -> StepState:
+def launch(case: RejectionCase, config: SplitConfig | None = None) -> StepState:
     """The state after `verify_rejection_out` on guarded copies and poisoned scratch."""
     guards = Guards()
     batch, width, vocabulary = case.logits.shape
@@ -139,7 +61,7 @@ def launch(case: Case, config: SplitConfig | None = None) -> StepState:
     return after
 
 
-def compare(case: Case, config: SplitConfig | None = None) -> StepState:
+def compare(case: RejectionCase, config: SplitConfig | None = None) -> StepState:
     """Run kernel and reference on copies of the state; they agree, and the result is returned."""
     expected = copy.deepcopy(case.state)
     reference.verify_rejection(case.logits, expected, fixed_policy(4), **case.arguments)
@@ -153,7 +75,9 @@ def compare(case: Case, config: SplitConfig | None = None) -> StepState:
 @pytest.mark.parametrize("batch", [0, 1, 3])
 def test_grid(batch: int, vocabulary: int, dtype: torch.dtype, trimmed: bool) -> None:
     width = {0: 2, 1: 8, 3: 4}[batch]
-    compare(random_case(batch, width, vocabulary, dtype, seed=vocabulary + batch, trimmed=trimmed))
+    compare(
+        rejection_case(batch, width, vocabulary, dtype, seed=vocabulary + batch, trimmed=trimmed)
+    )
 
 
 @pytest.mark.parametrize("trimmed", [False, True], ids=["same-ids", "id-map"])
@@ -164,7 +88,7 @@ def test_grid(batch: int, vocabulary: int, dtype: torch.dtype, trimmed: bool) ->
 def test_batch_of_17_with_unequal_gamma(
     similarity: float, top_k: int, top_p: float, trimmed: bool
 ) -> None:
-    case = random_case(
+    case = rejection_case(
         17, 8, 111, torch.bfloat16, seed=31, similarity=similarity, trimmed=trimmed,
         top_k=top_k, top_p=top_p,
     )  # fmt: skip
@@ -181,10 +105,10 @@ def test_batch_of_17_with_unequal_gamma(
 
 @pytest.mark.parametrize("width", [1, 2, 16])
 def test_widths(width: int) -> None:
-    case = random_case(3, width, 257, torch.float16, seed=width, similarity=0.97)
+    case = rejection_case(3, width, 257, torch.float16, seed=width, similarity=0.97)
     case.state.rows[:, at.DRAFTED] = 0
     compare(case)
-    case = random_case(3, width, 257, torch.float16, seed=width, similarity=1.0)
+    case = rejection_case(3, width, 257, torch.float16, seed=width, similarity=1.0)
     compare(case)
 
 
@@ -192,7 +116,7 @@ def test_widths(width: int) -> None:
 @pytest.mark.parametrize("vocabulary", [128, 1031])
 @pytest.mark.parametrize("max_splits", [1, 3, 64])
 def test_splits_do_not_matter(max_splits: int, vocabulary: int, trimmed: bool) -> None:
-    case = random_case(4, 4, vocabulary, torch.float32, seed=17, trimmed=trimmed, similarity=0.5)
+    case = rejection_case(4, 4, vocabulary, torch.float32, seed=17, trimmed=trimmed, similarity=0.5)
     split = launch(case, split_row(vocabulary, block=128, max_splits=max_splits))
     whole = compare(case)
     assert torch.equal(split.rows, whole.rows)
@@ -200,13 +124,13 @@ def test_splits_do_not_matter(max_splits: int, vocabulary: int, trimmed: bool) -
 
 
 def test_large_vocabulary() -> None:
-    case = random_case(3, 3, 49_152, torch.bfloat16, seed=2, similarity=0.9, top_p=0.9)
+    case = rejection_case(3, 3, 49_152, torch.bfloat16, seed=2, similarity=0.9, top_p=0.9)
     compare(case)
 
 
 def test_target_is_drawn_from_where_rounding_leaves_no_residual() -> None:
     """The draft is the target, but its token is not accepted: q of it is too large by intent."""
-    case = random_case(2, 2, 257, torch.float32, seed=3, similarity=1.0)
+    case = rejection_case(2, 2, 257, torch.float32, seed=3, similarity=1.0)
     case.state.rows[:, at.DONE], case.state.rows[:, at.LIMIT] = 0, 60
     case.state.rows[:, at.DRAFTED] = 1
     case.arguments["eos"].fill_(-1)
@@ -221,7 +145,7 @@ def test_target_is_drawn_from_where_rounding_leaves_no_residual() -> None:
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_rows_without_a_token(position: int, bad: float | None) -> None:
     """A spoilt position is flagged if it is reached, whether it decides, closes or is passed."""
-    case = random_case(6, 3, 257, torch.float32, seed=5, similarity=1.0)
+    case = rejection_case(6, 3, 257, torch.float32, seed=5, similarity=1.0)
     case.state.rows[:, at.DONE], case.state.rows[:, at.LIMIT] = 0, 60
     case.state.rows[:, at.DRAFTED] = torch.tensor([2, 2, 2, 1, 0, 2])
     case.arguments["eos"].fill_(-1)
@@ -238,7 +162,7 @@ def test_rows_without_a_token(position: int, bad: float | None) -> None:
 
 
 def test_scratch_serves_launch_after_launch() -> None:
-    case = random_case(3, 4, 257, torch.float32, seed=7)
+    case = rejection_case(3, 4, 257, torch.float32, seed=7)
     scratch = ChoiceScratch.allocate(3, 4, split_row(257, block=128), "cpu", channels=2)
     first, second = copy.deepcopy(case.state), copy.deepcopy(case.state)
     for after in (first, second):
@@ -248,7 +172,7 @@ def test_scratch_serves_launch_after_launch() -> None:
 
 
 def test_public_call_and_prepared_form_use_the_reference_on_the_cpu() -> None:
-    case = random_case(3, 4, 111, torch.float32, seed=9, trimmed=True)
+    case = rejection_case(3, 4, 111, torch.float32, seed=9, trimmed=True)
     public, prepared, expected = (copy.deepcopy(case.state) for _ in range(3))
     policy = fixed_policy(4)
     reference.verify_rejection(case.logits, expected, policy, **case.arguments)
@@ -273,7 +197,7 @@ def test_public_call_and_prepared_form_use_the_reference_on_the_cpu() -> None:
 def test_bad_arguments(
     name: str, value: Tensor | None, error: type[Exception], message: str
 ) -> None:
-    case = random_case(3, 4, 9, torch.float32, seed=1)
+    case = rejection_case(3, 4, 9, torch.float32, seed=1)
     arguments = {**case.arguments, name: value}
     with pytest.raises(error, match=message):
         verify_rejection(case.logits, case.state, fixed_policy(1), **arguments)

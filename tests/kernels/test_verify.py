@@ -15,6 +15,7 @@ from speckv.kernels.layout import StepState
 from speckv.kernels.split import ChoiceScratch, SplitConfig, split_row
 from speckv.kernels.verify import Verify, _select_config, verify, verify_out
 from tests.kernels.steps import (
+    MODES,
     Guards,
     adopt_target_tokens,
     assert_same_state,
@@ -22,13 +23,12 @@ from tests.kernels.steps import (
     guarded,
     mlp_policy,
     random_state,
-    strided,
+    verify_case,
 )
 
 pytestmark = pytest.mark.interpreter
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-MODES = ["greedy", "sampled", "cutoffs"]
 
 
 def launch(
@@ -71,39 +71,13 @@ def compare(
     return expected
 
 
-def sampling(mode: str, logits: Tensor, generator: torch.Generator) -> dict[str, Tensor | None]:
-    """Arguments of a mode; in the sampled ones every third row is greedy."""
-    if mode == "greedy":
-        return {"inv_temperature": None, "seeds": None, "cutoffs": None}
-    batch = logits.shape[0]
-    inv = 0.3 + 2.0 * torch.rand(batch, generator=generator)
-    inv[torch.arange(batch) % 3 == 2] = 0.0
-    seeds = torch.randint(-(2**62), 2**62, (batch,), generator=generator)
-    cutoffs = None
-    if mode == "cutoffs":
-        cutoffs = logits.float().sort(dim=-1).values[..., logits.shape[-1] // 2].contiguous()
-    return {"inv_temperature": inv, "seeds": seeds, "cutoffs": cutoffs}
-
-
-def random_case(
-    batch: int, width: int, vocabulary: int, dtype: torch.dtype, mode: str, share: float, seed: int
-) -> tuple[Tensor, StepState, dict[str, Tensor | None]]:
-    generator = torch.Generator().manual_seed(seed)
-    logits = strided((3.0 * torch.randn(batch, width, vocabulary, generator=generator)).to(dtype))
-    state = random_state(batch, width, vocabulary, generator)
-    arguments = sampling(mode, logits, generator)
-    adopt_target_tokens(logits, state, **arguments, share=share, generator=generator)
-    eos = torch.randint(-1, vocabulary, (batch, 3), generator=generator).int()
-    return logits, state, {**arguments, "eos": eos}
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocabulary", [1, 7, 111, 257, 1031])
 @pytest.mark.parametrize("batch", [0, 1, 3])
 def test_grid(batch: int, vocabulary: int, dtype: torch.dtype, mode: str) -> None:
     width = {0: 2, 1: 8, 3: 4}[batch]
-    logits, state, arguments = random_case(
+    logits, state, arguments = verify_case(
         batch, width, vocabulary, dtype, mode, share=0.8, seed=vocabulary + batch
     )
     compare(logits, state, fixed_policy(4), **arguments)
@@ -112,7 +86,7 @@ def test_grid(batch: int, vocabulary: int, dtype: torch.dtype, mode: str) -> Non
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
 def test_batch_of_17_with_unequal_gamma_and_ends(mode: str, share: float) -> None:
-    logits, state, arguments = random_case(17, 8, 111, torch.bfloat16, mode, share, seed=3)
+    logits, state, arguments = verify_case(17, 8, 111, torch.bfloat16, mode, share, seed=3)
     state.rows[0, at.LIMIT] = state.rows[0, at.LENGTH] + 1
     after = compare(logits, state, fixed_policy(7), **arguments)
     assert len(set(after.rows[:, at.GAMMA].tolist())) > 4
@@ -123,7 +97,7 @@ def test_batch_of_17_with_unequal_gamma_and_ends(mode: str, share: float) -> Non
 @pytest.mark.parametrize("width", [1, 2, 16])
 @pytest.mark.parametrize("mode", MODES)
 def test_widths(mode: str, width: int) -> None:
-    logits, state, arguments = random_case(2, width, 257, torch.float16, mode, 1.0, seed=width)
+    logits, state, arguments = verify_case(2, width, 257, torch.float16, mode, 1.0, seed=width)
     state.rows[:, at.DRAFTED] = width - 1
     compare(logits, state, fixed_policy(15), **arguments)
 
@@ -132,7 +106,7 @@ def test_widths(mode: str, width: int) -> None:
 @pytest.mark.parametrize("vocabulary", [128, 1031])
 @pytest.mark.parametrize("max_splits", [1, 3, 64])
 def test_splits_do_not_matter(max_splits: int, vocabulary: int, mode: str) -> None:
-    logits, state, arguments = random_case(3, 4, vocabulary, torch.float32, mode, 0.9, seed=11)
+    logits, state, arguments = verify_case(3, 4, vocabulary, torch.float32, mode, 0.9, seed=11)
     config = split_row(vocabulary, block=128, max_splits=max_splits)
     split = launch(logits, state, fixed_policy(3), config, **arguments)
     compare(logits, state, fixed_policy(3), config, **arguments)
@@ -144,7 +118,7 @@ def test_splits_do_not_matter(max_splits: int, vocabulary: int, mode: str) -> No
 
 @pytest.mark.parametrize("mode", MODES)
 def test_large_vocabulary(mode: str) -> None:
-    logits, state, arguments = random_case(1, 3, 49_152, torch.bfloat16, mode, 1.0, seed=5)
+    logits, state, arguments = verify_case(1, 3, 49_152, torch.bfloat16, mode, 1.0, seed=5)
     state.rows[:, at.DRAFTED] = 2
     compare(logits, state, fixed_policy(2), **arguments)
 
@@ -152,7 +126,7 @@ def test_large_vocabulary(mode: str) -> None:
 @pytest.mark.parametrize("layout", [at.LAYOUT_SURVIVAL, at.LAYOUT_PAPER])
 @pytest.mark.parametrize("objective", [at.OBJECTIVE_TOKENS, at.OBJECTIVE_RATE])
 def test_decision_of_the_next_step(layout: int, objective: int) -> None:
-    logits, state, arguments = random_case(17, 4, 7, torch.float32, "greedy", 0.8, seed=8)
+    logits, state, arguments = verify_case(17, 4, 7, torch.float32, "greedy", 0.8, seed=8)
     state.running[::4, at.LAST_ENTROPY] = -1.0
     generator = torch.Generator().manual_seed(21)
     policy = mlp_policy(generator, layout, objective)
@@ -195,7 +169,7 @@ def test_impossible_tokens_and_one_hot_rows(sampled: bool) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_without_a_token(mode: str, bad: float | None) -> None:
     """Position 1 is spoilt: it decides in row 0 alone, which ends; the others do not look at it."""
-    logits, state, arguments = random_case(3, 3, 257, torch.float32, mode, 1.0, seed=4)
+    logits, state, arguments = verify_case(3, 3, 257, torch.float32, mode, 1.0, seed=4)
     state.rows[:, at.DONE], state.rows[:, at.LIMIT] = 0, 60
     state.rows[:, at.DRAFTED] = torch.tensor([2, 2, 0])
     arguments["eos"].fill_(-1)
@@ -217,13 +191,13 @@ def test_rows_without_a_token(mode: str, bad: float | None) -> None:
 
 @pytest.mark.parametrize("ids", [0, 1, 5])
 def test_any_number_of_eos_ids(ids: int) -> None:
-    logits, state, arguments = random_case(3, 4, 7, torch.float32, "greedy", 1.0, seed=6)
+    logits, state, arguments = verify_case(3, 4, 7, torch.float32, "greedy", 1.0, seed=6)
     arguments["eos"] = torch.randint(-1, 7, (3, ids)).int()
     compare(logits, state, fixed_policy(4), **arguments)
 
 
 def test_scratch_serves_launch_after_launch() -> None:
-    logits, state, arguments = random_case(3, 4, 257, torch.float32, "sampled", 0.8, seed=7)
+    logits, state, arguments = verify_case(3, 4, 257, torch.float32, "sampled", 0.8, seed=7)
     config = split_row(257, block=128)
     scratch = ChoiceScratch.allocate(3, 4, config, "cpu")
     first, second = copy.deepcopy(state), copy.deepcopy(state)
@@ -234,7 +208,7 @@ def test_scratch_serves_launch_after_launch() -> None:
 
 
 def test_public_call_and_prepared_form_use_the_reference_on_the_cpu() -> None:
-    logits, state, arguments = random_case(3, 4, 111, torch.float32, "cutoffs", 0.8, seed=9)
+    logits, state, arguments = verify_case(3, 4, 111, torch.float32, "cutoffs", 0.8, seed=9)
     public, prepared, expected = (copy.deepcopy(state) for _ in range(3))
     reference.verify(logits, expected, fixed_policy(4), **arguments)
     verify(logits, public, fixed_policy(4), **arguments)
