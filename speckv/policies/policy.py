@@ -25,7 +25,7 @@ from ..kernels import layout as at
 from .cost import CostTable
 from .mlp import Mlp
 
-_EMA_WEIGHT = 0.1
+_EMA_WEIGHT = 0.2
 _PROBE_EVERY = 16
 _COMPRESSION_INDEX = {"fp32": 0, "fp16": 0, "bf16": 0, "int8": 1, "nf4": 2}
 _EXPECTED = "fixed:K, entropy:T, confidence:T, paper, speckv or file:PATH"
