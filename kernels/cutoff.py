@@ -37,7 +37,7 @@ from .split import SplitConfig, split_row
 
 def _select_config(vocabulary: int) -> SplitConfig:
     """Programs of one row; they do not depend on the number of rows."""
-    return split_row(vocabulary, block=2048)
+    return split_row(vocabulary, block=1024)
 
 
 @dataclass(frozen=True)

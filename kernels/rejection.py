@@ -289,7 +289,7 @@ SPECS = (
             for name in ("fp32", "fp16", "bf16")
             for has_ids in (False, True)
         ),
-        max_registers=168,
+        max_registers=128,
         max_shared_bytes=16_384,
     ),
 )
