@@ -98,9 +98,18 @@ def cached_proof(key: tuple[object, ...], probe: Callable[[], tuple[int, ...]]) 
 
 
 def common_counts(plans: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """Row counts proven in all ``plans``; a row-by-row plan (empty) restricts nothing."""
-    limits = [set(plan) for plan in plans if plan]
-    return tuple(sorted(set.intersection(*limits))) if limits else ROW_COUNTS
+    """Row counts for a chain of operations: 16, and what more than half of ``plans`` have proven.
+
+    An operation without a count of the chain pads or splits by itself; a row-by-row plan (empty)
+    has no opinion.
+    """
+    opinions = [plan for plan in plans if plan]
+    votes = {count: sum(count in plan for plan in opinions) for count in ROW_COUNTS}
+    return tuple(
+        count
+        for count in ROW_COUNTS
+        if count == _DEFINING or 2 * votes[count] > len(opinions) or not opinions
+    )
 
 
 def round_up_rows(rows: int, counts: tuple[int, ...]) -> int:

@@ -2,10 +2,11 @@
 
 A query's bits must not depend on how many positions are computed with it, on where it stands among
 them, or on how much of the cache is visible beyond it. The fast path stacks a block of positions in
-one call of ``scaled_dot_product_attention`` over a context rounded up to :data:`CONTEXT_BLOCK`
-rows, the rest masked, for the numbers of positions that a probe has proven (see
-:mod:`speckv.kernels.cpu`). Where the probe fails, each position is computed alone over exactly the
-rows that it sees: no padding and no mask, hence exact by construction.
+one call of ``scaled_dot_product_attention`` over a context rounded up to a multiple of some block,
+the rest masked. A probe (see :mod:`speckv.kernels.cpu`) finds the smallest block whose multiples
+agree with each other, and the numbers of positions that agree. Where it finds none, each position
+is computed alone over exactly the rows that it sees: no padding and no mask, hence exact by
+construction.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from speckv.kernels.functional import attention_mask
 __all__ = ["CONTEXT_BLOCK", "AttentionPiece", "CpuAttention", "round_up_context"]
 
 CONTEXT_BLOCK = 512
-"""Visible contexts are multiples of this many cache rows."""
+"""The largest block of cache rows by which contexts are rounded; caches hold a multiple of it."""
+
+_BLOCKS = (64, 128, 256, CONTEXT_BLOCK)
 
 
-def round_up_context(rows: int) -> int:
-    """``rows`` rounded up to a multiple of :data:`CONTEXT_BLOCK`, at least one block."""
-    return max(1, -(-rows // CONTEXT_BLOCK)) * CONTEXT_BLOCK
+def round_up_context(rows: int, block: int = CONTEXT_BLOCK) -> int:
+    """``rows`` rounded up to a multiple of ``block``, at least one block."""
+    return max(1, -(-rows // block)) * block
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,13 @@ class CpuAttention:
 
     def prove(self) -> None:
         """Probe again, as is needed after a change of ``torch.get_num_threads()``."""
-        key = ("attention", self.heads, self.kv_heads, self.dim, self.dtype)
-        self.counts: tuple[int, ...] = cached_proof(key, self._probe)
+        self.counts: tuple[int, ...] = ()
+        for block in _BLOCKS:
+            self.block = block
+            key = ("attention", block, self.heads, self.kv_heads, self.dim, self.dtype)
+            self.counts = cached_proof(key, self._probe)
+            if self.counts:
+                return
 
     def pieces(self, start: int, width: int, window: int | None = None) -> list[AttentionPiece]:
         """Cut the block at positions ``start .. start + width - 1`` into calls.
@@ -88,7 +96,7 @@ class CpuAttention:
     def _masked_piece(
         self, start: int, first: int, count: int, window: int | None
     ) -> AttentionPiece:
-        context = round_up_context(start + first + count)
+        context = round_up_context(start + first + count, self.block)
         padded = round_up_rows(count, self.counts)
         positions = torch.arange(start + first, start + first + count)
         mask = attention_mask(positions, context, self.dtype, window)
@@ -130,19 +138,25 @@ class CpuAttention:
 
     @torch.inference_mode()
     def _probe(self) -> tuple[int, ...]:
-        near = self._probe_at(first_position=CONTEXT_BLOCK - 20, contexts=(1, 2, 4))
-        far = self._probe_at(first_position=2 * CONTEXT_BLOCK - 20, contexts=(2, 3, 5))
-        return tuple(count for count in near if count in far)
+        """Counts proven at contexts of one, a few and many blocks of ``self.block`` rows."""
+        block, last = self.block, CONTEXT_BLOCK // self.block
+        plans = [
+            self._probe_at(block - 20, (1, 2, 3, last, last + 1, 2 * last)),
+            self._probe_at(CONTEXT_BLOCK - 8, (last + 1, last + 2, 2 * last, 3 * last + 1)),
+            self._probe_at(2 * CONTEXT_BLOCK - 20, (2 * last, 2 * last + 1, 3 * last, 4 * last)),
+        ]
+        return tuple(count for count in plans[0] if all(count in plan for plan in plans))
 
-    def _probe_at(self, first_position: int, contexts: tuple[int, ...]) -> tuple[int, ...]:
+    def _probe_at(self, first_position: int, blocks: tuple[int, ...]) -> tuple[int, ...]:
         """Counts proven for sixteen positions from ``first_position``, at every context alike.
 
-        ``contexts`` are in units of :data:`CONTEXT_BLOCK`. Keys come in equal pairs with opposite
-        values at random places, so the exact result is zero and what is computed shows the order
-        of the additions.
+        ``blocks`` are the contexts, in units of ``self.block``. Keys come in equal pairs with
+        opposite values at random places, so the exact result is zero and what is computed shows
+        the order of the additions.
         """
+        contexts = sorted({count * self.block for count in blocks})
         generator = torch.Generator().manual_seed(first_position)
-        half, rows = first_position // 2, contexts[-1] * CONTEXT_BLOCK
+        half, rows = first_position // 2, contexts[-1]
         place = torch.randperm(2 * half, generator=generator)
         kv = torch.randn(2, rows, self.kv_heads, self.dim, generator=generator)
         pairs = kv[:, :half] * torch.exp2(
@@ -155,15 +169,15 @@ class CpuAttention:
         keys, values = cache.transpose(1, 2).chunk(2, 1)
         queries = torch.randn(16, self.heads, self.dim, generator=generator).to(self.dtype)
 
-        def run(pick: Tensor, context: int = contexts[0] * CONTEXT_BLOCK) -> Tensor:
+        def run(pick: Tensor, context: int) -> Tensor:
             mask = attention_mask(first_position + pick, context, self.dtype)
             stacked = mask.repeat_interleave(self.group, 0).view(1, 1, -1, context)
             piece = AttentionPiece(0, len(pick), len(pick), 0, context, stacked)
             return self(queries[pick], keys[:, :, :context], values[:, :, :context], piece)
 
         every = torch.arange(16)
-        if not all(
-            bits_equal(run(every), run(every, context * CONTEXT_BLOCK)) for context in contexts[1:]
-        ):
+        reference = run(every, contexts[0])
+        if not all(bits_equal(run(every, context), reference) for context in contexts[1:]):
             return ()
-        return prove_counts(run)
+        narrow = prove_counts(lambda pick: run(pick, contexts[0]))
+        return prove_counts(lambda pick: run(pick, contexts[-1]), narrow, shifts=(5,))

@@ -57,7 +57,7 @@ class KVCache:
         shape = (slots, self.rows, 2 * kv_heads, head_dim)
         self.kv = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self._slot_rows = [list(layer.unbind(0)) for layer in self.kv]
-        self._visible: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}
+        self._visible: dict[tuple[int, int], tuple[int, tuple[Tensor, Tensor]]] = {}
 
     @property
     def nbytes(self) -> int:
@@ -70,19 +70,15 @@ class KVCache:
 
     def heads(self, layer: int, slot: int, low: int, high: int) -> tuple[Tensor, Tensor]:
         """Keys and values of cache rows ``low .. high - 1``: views [1, kv_heads, rows, dim]."""
-        if low:
-            return self._heads(layer, slot, low, high)
-        key = (layer, slot, high)
-        found = self._visible.get(key)
-        if found is None:
-            found = self._heads(layer, slot, low, high)
-            if high == round_up_context(high):
-                self._visible[key] = found
-        return found
-
-    def _heads(self, layer: int, slot: int, low: int, high: int) -> tuple[Tensor, Tensor]:
+        # Between two forwards the context seldom changes, and making views costs time.
+        known = self._visible.get((layer, slot))
+        if low == 0 and known is not None and known[0] == high:
+            return known[1]
         rows = self._slot_rows[layer][slot][low:high].transpose(0, 1).unsqueeze(0)
-        return rows[:, : self.kv_heads], rows[:, self.kv_heads :]
+        views = rows[:, : self.kv_heads], rows[:, self.kv_heads :]
+        if low == 0:
+            self._visible[layer, slot] = high, views
+        return views
 
 
 def host_slots(slots: Sequence[int] | Tensor | None, batch: int, cache: KVCache) -> list[int]:

@@ -211,7 +211,7 @@ class LlamaDecoder:
             self._table = table.to(self.device)
 
     def _plan_rows(self) -> None:
-        """Find the row counts that every operation of a layer has been proven for."""
+        """Find the row counts that most operations of a layer have been proven for."""
         self._threads = torch.get_num_threads()
         self._attention.prove()
         plans = []

@@ -83,9 +83,7 @@ def load_model(
         path = Path(name).expanduser()
         if not path.is_file():
             raise ModelError(f"no such file: {name}")
-        with SlowProgress(f"Reading {path.name}", enabled=progress) as bar:
-            bar.poll()
-            model, tokenizer = load_gguf(path)
+        model, tokenizer = load_gguf(path)
         return _wrap(model, name, formats, place, progress, owned=True), tokenizer
     folder, shown = _locate(name, progress)
     with _readable(folder):

@@ -80,7 +80,8 @@ def test_rows_are_regrouped_without_loss(total: int, counts: tuple[int, ...]) ->
 
 
 def test_common_counts_and_rounding() -> None:
-    assert cpu.common_counts([(1, 2, 16), (2, 16, 32), ()]) == (2, 16)
+    assert cpu.common_counts([(1, 2, 16), (2, 16, 32), (2, 5, 16, 32), ()]) == (2, 16, 32)
+    assert cpu.common_counts([(2, 16), (1, 16)]) == (16,)
     assert cpu.common_counts([(), ()]) == cpu.ROW_COUNTS
     assert [cpu.round_up_rows(n, (2, 16)) for n in (1, 2, 3, 16, 17, 33)] == [2, 2, 16, 16, 32, 48]
 

@@ -30,7 +30,7 @@ def decoded(
     rows = []
     for at in range(prefix, ids.shape[0], width):
         piece = ids[at : at + width]
-        block = ids[: batch * width].view(batch, width).clone()
+        block = ids.repeat(4)[: batch * width].view(batch, width).clone()
         block[row] = 0
         block[row, : piece.shape[0]] = piece
         starts = [7 * i for i in range(batch)]
@@ -88,7 +88,7 @@ def test_row_by_row_where_nothing_is_proven(
     from speckv.kernels import cpu_attention
     from speckv.models.loading import wrap_model
 
-    def nothing(*_: object) -> tuple[int, ...]:
+    def nothing(*_: object, **__: object) -> tuple[int, ...]:
         return ()
 
     monkeypatch.setattr(cpu, "_proven", {})

@@ -201,5 +201,7 @@ def test_a_hub_id_is_downloaded_and_loaded(folder: Path, monkeypatch: pytest.Mon
 
 
 def test_devices_are_checked() -> None:
-    with pytest.raises(ValueError, match="device: expected a torch device such as 'cpu', got 'gpu9'"):
+    with pytest.raises(
+        ValueError, match="device: expected a torch device such as 'cpu', got 'gpu9'"
+    ):
         load_model("smollm2", device="gpu9")
