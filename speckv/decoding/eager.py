@@ -225,7 +225,7 @@ class EagerLoop:
         requests = run.requests
         cutoffs = None
         if requests.truncated or requests.rejection:
-            cutoffs, lse = self._cutoff(requests, logits)
+            cutoffs, lse = self._cutoff(run, logits)
             if requests.rejection:
                 index = [rows[b][at.DRAFTED] for b in slots]
                 self._drafts.store(slots, index, logits, cutoffs, lse)
@@ -264,7 +264,7 @@ class EagerLoop:
         batch, width, _ = logits.shape
         cutoffs = lse = None
         if requests.truncated or requests.rejection:
-            flat = self._cutoff(requests, logits.flatten(0, 1), width)
+            flat = self._cutoff(run, logits.flatten(0, 1), width)
             cutoffs, lse = (t.view(batch, width) for t in flat)
         if not requests.rejection:
             self._ops.verify(
@@ -293,12 +293,15 @@ class EagerLoop:
             draft_ids=self._draft_ids,
         )
 
-    def _cutoff(self, requests: RequestBatch, logits: Tensor, width: int = 1) -> list[Tensor]:
+    def _cutoff(self, run: _Run, logits: Tensor, width: int = 1) -> tuple[Tensor, Tensor]:
         """Cutoffs and log-sum-exps [B * width] of logits [B * width, V]."""
-        inverse, k, p = requests.inv_temperature, requests.top_k, requests.top_p
-        assert inverse is not None and k is not None and p is not None
-        columns = (column.repeat_interleave(width) for column in (inverse, k, p))
-        return list(self._ops.cutoff(logits, *columns))
+        requests = run.requests
+        columns = [requests.inv_temperature]
+        if requests.truncated:
+            columns += [requests.top_k, requests.top_p]
+        each = [column.repeat_interleave(width) for column in columns if column is not None]
+        cutoffs, lse = self._ops.cutoff(logits, *each, rows=run.state.rows)
+        return cutoffs, lse
 
     @property
     def _drafts(self) -> _DraftRows:
