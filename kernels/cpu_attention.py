@@ -69,9 +69,9 @@ class CpuAttention:
     def prove(self) -> None:
         """Probe again, as is needed after a change of ``torch.get_num_threads()``."""
         self.counts: tuple[int, ...] = ()
-        for block in _BLOCKS:
-            self.block = block
-            key = ("attention", block, self.heads, self.kv_heads, self.dim, self.dtype)
+        self.block: int
+        for self.block in _BLOCKS:
+            key = ("attention", self.block, self.heads, self.kv_heads, self.dim, self.dtype)
             self.counts = cached_proof(key, self._probe)
             if self.counts:
                 return
