@@ -20,7 +20,7 @@ import torch
 from bench.environment import environment, write_json
 from bench.prompts import all_prompts
 from speckv import Engine, SamplingParams
-from speckv.models.hub import default_target_folder
+from speckv.models.hub import fetch
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -36,7 +36,7 @@ def measure(dtype: str, pairs: int, tokens: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     engine = Engine.from_pretrained(compression=dtype, policy="fixed:0")
-    model = AutoModelForCausalLM.from_pretrained(default_target_folder(), dtype=_DTYPES[dtype])
+    model = AutoModelForCausalLM.from_pretrained(fetch(), dtype=_DTYPES[dtype])
     model.eval()
     params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
     prompts = [engine.encode(prompt, chat=True) for prompt in all_prompts()]
