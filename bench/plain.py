@@ -38,6 +38,7 @@ def measure(dtype: str, pairs: int, tokens: int) -> dict[str, Any]:
     engine = Engine.from_pretrained(compression=dtype, policy="fixed:0")
     model = AutoModelForCausalLM.from_pretrained(fetch(), dtype=_DTYPES[dtype])
     model.eval()
+    model.generation_config.eos_token_id = None  # as ignore_eos: both go the whole length
     params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
     prompts = [engine.encode(prompt, chat=True) for prompt in all_prompts()]
 
@@ -55,7 +56,6 @@ def measure(dtype: str, pairs: int, tokens: int) -> dict[str, Any]:
                 attention_mask=torch.ones_like(ids),
                 do_sample=False,
                 max_new_tokens=tokens,
-                min_new_tokens=tokens,
             )
         return time.perf_counter() - start, output[0, len(prompt) :].tolist()
 
