@@ -6,10 +6,8 @@ runs either ``interpreter`` tests or ``aot`` tests; see CONTRIBUTING.md.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -20,20 +18,6 @@ HERE = Path(__file__).resolve().parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 _OFFENCES = pytest.StashKey[list[str]]()
-
-
-def _hide_source_folder() -> None:
-    """Keep ``kernels/``, which the repository root on sys.path exposes, from passing for another.
-
-    Hugging Face distributes an optional package of that name, and transformers would take ours
-    for it. A distribution that is really installed stays importable.
-    """
-    spec = importlib.util.find_spec("kernels")
-    if spec is not None and spec.origin == str(HERE.parent / "kernels" / "__init__.py"):
-        sys.modules["kernels"] = None  # type: ignore[assignment]
-
-
-_hide_source_folder()
 
 
 def pytest_configure(config: pytest.Config) -> None:
