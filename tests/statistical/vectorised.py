@@ -27,18 +27,26 @@ class Operations:
     """
 
     def cutoff(
-        self, logits: Tensor, inv_temperature: Tensor, top_k: Tensor, top_p: Tensor
+        self,
+        logits: Tensor,
+        inv_temperature: Tensor,
+        top_k: Tensor | None = None,
+        top_p: Tensor | None = None,
+        *,
+        rows: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        x, order = logits.sort(-1, descending=True)
-        rank = torch.arange(x.shape[-1]).expand_as(x)
-        k = torch.where(top_k > 0, top_k, x.shape[-1])[:, None].long().clamp(max=x.shape[-1])
-        kept = x >= x.gather(-1, k - 1)
-        weight = torch.where(kept, x * inv_temperature[:, None], -math.inf).softmax(-1)
-        ahead = torch.where(rank > 0, weight.cumsum(-1).roll(1, -1), 0.0)
-        kept &= (ahead < top_p[:, None]) | (top_p[:, None] >= 1.0)
+        """That of positions that nobody draws from, which ``rows`` would tell, is not skipped."""
+        x, vocab = logits.sort(-1, descending=True).values, logits.shape[-1]
+        kept = torch.ones_like(x, dtype=torch.bool)
+        if top_k is not None:
+            k = torch.where(top_k > 0, top_k, vocab).long().clamp(max=vocab)
+            kept = x >= x.gather(-1, k[:, None] - 1)
+        if top_p is not None:
+            weight = torch.where(kept, x * inv_temperature[:, None], -math.inf).softmax(-1)
+            ahead = torch.nn.functional.pad(weight.cumsum(-1)[:, :-1], (1, 0))
+            kept &= (ahead < top_p[:, None]) | (top_p[:, None] >= 1.0)
         low = torch.where(kept, x, math.inf).amin(-1)
-        kept = x >= low[:, None]
-        y = torch.where(kept, x * inv_temperature[:, None], -math.inf)
+        y = torch.where(x >= low[:, None], x * inv_temperature[:, None], -math.inf)
         return low, y.logsumexp(-1)
 
     def draft_step(
