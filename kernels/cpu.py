@@ -7,6 +7,9 @@ the processor, the shape, the type and the number of threads, so nothing is assu
 operation is *probed* once per process, with data on which any change of the order of additions
 shows, and at run time a number of rows that was not proven is padded up to one that was.
 
+Operations compiled from :mod:`speckv.kernels.native` are independent of the company by
+construction; they are probed all the same.
+
 The definition of an operation is its result on 16 rows. Where not even that is independent of a
 row's place, rows are computed one by one, which is exact by construction and slow.
 """
@@ -19,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from speckv.kernels import functional
+from speckv.kernels import functional, native
 
 __all__ = [
     "ROW_COUNTS",
@@ -34,6 +37,7 @@ __all__ = [
     "proven_rope_counts",
     "proven_swiglu_counts",
     "round_up_rows",
+    "row_function",
 ]
 
 ROW_COUNTS = (*range(1, 17), 32, 48, 64, 128)
@@ -185,8 +189,6 @@ class ProvenRows(InvariantRows):
 class _OneDnn:
     """oneDNN with a weight packed once: the fastest, and flat over 1 to 16 rows."""
 
-    name = "onednn"
-
     @staticmethod
     def pack(weight: Tensor) -> Tensor:
         packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
@@ -194,7 +196,7 @@ class _OneDnn:
 
     @staticmethod
     def linear(x: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
         return out
 
     @staticmethod
@@ -205,8 +207,6 @@ class _OneDnn:
 
 class _Plain:
     """``F.linear``: for builds and types without oneDNN."""
-
-    name = "plain"
 
     @staticmethod
     def pack(weight: Tensor) -> Tensor:
@@ -221,14 +221,46 @@ class _Plain:
         return functional.linear_add(x, residual, weight, bias)
 
 
-_Backend = type[_OneDnn] | type[_Plain]
+class _Native:
+    """Our own product, for fp32: bound by the weight's bytes, which are read where they are."""
+
+    def __init__(self, library: native.Library) -> None:
+        self._library = library
+
+    def pack(self, weight: Tensor) -> Tensor:
+        return weight.contiguous()
+
+    def linear(self, x: Tensor, *, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._library.linear(x, weight, bias)
+
+    def linear_add(
+        self, x: Tensor, residual: Tensor, *, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        return self._library.linear(x, weight, bias, residual)
+
+
+_Backend = _Native | type[_OneDnn] | type[_Plain]
 _backends: dict[torch.dtype, _Backend] = {}
 
 
 def _linear_backend(dtype: torch.dtype) -> _Backend:
     if dtype not in _backends:
-        _backends[dtype] = _OneDnn if _onednn_runs(dtype) else _Plain
+        library = native.library() if dtype == torch.float32 else None
+        if library is not None:
+            _backends[dtype] = _Native(library)
+        else:
+            _backends[dtype] = _OneDnn if _onednn_runs(dtype) else _Plain
     return _backends[dtype]
+
+
+def row_function(name: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The fastest ``"rms_norm"``, ``"rope"`` or ``"swiglu"`` of :mod:`functional` for ``dtype``.
+
+    Its arguments must be contiguous.
+    """
+    library = native.library() if dtype in native.DTYPES else None
+    found: Callable[..., Tensor] = getattr(functional if library is None else library, name)
+    return found
 
 
 def _onednn_runs(dtype: torch.dtype) -> bool:
@@ -246,7 +278,8 @@ class CpuLinear(ProvenRows):
     """A linear layer ``x @ weight.T + bias (+ residual)`` whose rows have fixed bits.
 
     Called with ``x [rows, K]``, and with ``residual [rows, N]`` if it was made for one. The weight
-    is packed once and the given tensor is not kept. Row counts are proven at construction, once per
+    is packed once; the given tensor is kept only where it is packed already (fp32, where the
+    compiled operations are available). Row counts are proven at construction, once per
     (shape, type, bias, residual, backend, threads) in the process.
 
     Parameters
@@ -332,21 +365,22 @@ def _noise(*shape: int, dtype: torch.dtype) -> Tensor:
 
 @torch.inference_mode()
 def proven_rms_norm_counts(width: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """Row counts proven for :func:`functional.rms_norm` over ``width`` columns."""
+    """Row counts proven for the ``rms_norm`` of :func:`row_function` over ``width`` columns."""
     x, weight = _noise(_DEFINING, width, dtype=dtype), _noise(width, dtype=dtype)
+    rms_norm = row_function("rms_norm", dtype)
 
     def run(pick: Tensor) -> Tensor:
-        return functional.rms_norm(x[pick], weight, 1e-5)
+        return rms_norm(x[pick], weight, 1e-5)
 
     return cached_proof(("rms_norm", width, dtype), lambda: prove_counts(run))
 
 
 @torch.inference_mode()
 def proven_swiglu_counts(width: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """Row counts proven for :func:`functional.swiglu` of ``width`` outputs."""
-    x = _noise(_DEFINING, 2 * width, dtype=dtype)
+    """Row counts proven for the ``swiglu`` of :func:`row_function` of ``width`` outputs."""
+    x, swiglu = _noise(_DEFINING, 2 * width, dtype=dtype), row_function("swiglu", dtype)
     return cached_proof(
-        ("swiglu", width, dtype), lambda: prove_counts(lambda pick: functional.swiglu(x[pick]))
+        ("swiglu", width, dtype), lambda: prove_counts(lambda pick: swiglu(x[pick]))
     )
 
 
@@ -354,19 +388,20 @@ def proven_swiglu_counts(width: int, dtype: torch.dtype) -> tuple[int, ...]:
 def proven_rope_counts(
     heads: int, rotated: int, width: int, dtype: torch.dtype, head_norm: bool
 ) -> tuple[int, ...]:
-    """Row counts proven for :func:`functional.rope`, after the head norm if there is one.
+    """Row counts proven for the ``rope`` of :func:`row_function`, after a head norm if there is one.
 
     ``heads`` counts queries, keys and values, ``rotated`` queries and keys, ``width`` is the width
     of a head.
     """
     qkv, cos, sin = (_noise(_DEFINING, heads, width + i, dtype=dtype)[..., i:] for i in range(3))
     weight = _noise(rotated, width, dtype=dtype)
+    rope = row_function("rope", dtype)
 
     def run(pick: Tensor) -> Tensor:
         rows = qkv[pick]
         if head_norm:
             rows = functional.head_rms_norm(rows, weight, 1e-5)
-        return functional.rope(rows, cos[pick], sin[pick])
+        return rope(rows, cos[pick], sin[pick])
 
     key = ("rope", heads, rotated, width, dtype, head_norm)
     return cached_proof(key, lambda: prove_counts(run))

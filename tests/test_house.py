@@ -191,7 +191,7 @@ def test_wheel_contents(distributions: dict[str, Path], origin: str) -> None:
         names = set(archive.namelist())
     info = f"speckv-{__version__}.dist-info"
     assert {name.split("/")[0] for name in names} == {"speckv", info}
-    for path in KERNELS:
+    for path in [*KERNELS, *(ROOT / "kernels").rglob("*.c")]:
         assert f"speckv/{path.relative_to(ROOT).as_posix()}" in names
     data = [
         path

@@ -141,14 +141,14 @@ class _Builder:
 
     def norm(self, name: str) -> RowOperation:
         weight = self.tensor(f"{name}.weight", self.config.hidden).to(self.dtype)
-        run = partial(functional.rms_norm, weight=weight, eps=self.config.eps)
+        run = partial(self.function("rms_norm"), weight=weight, eps=self.config.eps)
         return self._row_wise(
             run, partial(cpu.proven_rms_norm_counts, self.config.hidden, self.dtype)
         )
 
     def rotate(self, name: str) -> RowOperation:
         c = self.config
-        run: RowOperation = functional.rope
+        run = rope = self.function("rope")
         if c.head_norm:
             weight = torch.cat(
                 (
@@ -156,7 +156,7 @@ class _Builder:
                     self.tensor(f"{name}.k_norm.weight", c.head_dim).expand(c.kv_heads, -1),
                 )
             ).to(self.dtype)
-            run = partial(_norm_and_rope, weight=weight, eps=c.eps)
+            run = partial(_norm_and_rope, rope=rope, weight=weight, eps=c.eps)
         rotated = c.heads + c.kv_heads
         return self._row_wise(
             run,
@@ -173,8 +173,15 @@ class _Builder:
     def swiglu(self) -> RowOperation:
         width = self.config.intermediate
         return self._row_wise(
-            functional.swiglu, partial(cpu.proven_swiglu_counts, width, self.dtype)
+            self.function("swiglu"), partial(cpu.proven_swiglu_counts, width, self.dtype)
         )
+
+    def function(self, name: str) -> RowOperation:
+        """The row-wise function of this name, for this device."""
+        if self.invariant:
+            return cpu.row_function(name, self.dtype)
+        found: RowOperation = getattr(functional, name)
+        return found
 
     def _row_wise(self, run: RowOperation, proof: Callable[[], tuple[int, ...]]) -> RowOperation:
         return cpu.ProvenRows(run, proof) if self.invariant else run
@@ -226,8 +233,10 @@ class _Builder:
         return partial(functional.linear, weight=weight)
 
 
-def _norm_and_rope(qkv: Tensor, cos: Tensor, sin: Tensor, *, weight: Tensor, eps: float) -> Tensor:
-    return functional.rope(functional.head_rms_norm(qkv, weight, eps), cos, sin)
+def _norm_and_rope(
+    qkv: Tensor, cos: Tensor, sin: Tensor, *, rope: RowOperation, weight: Tensor, eps: float
+) -> Tensor:
+    return rope(functional.head_rms_norm(qkv, weight, eps), cos, sin)
 
 
 @torch.inference_mode()

@@ -1,0 +1,335 @@
+"""Row operations compiled from ``native.c`` by the system's C compiler on first use.
+
+A row's bits depend on that row alone, by construction: see the comment in ``native.c``. The
+library is kept in the cache folder under a name that says what it was made of, so it is compiled
+once per source, compiler and processor. It must run on the OpenMP runtime that torch has loaded:
+two pools of spinning threads would slow each other down many times over. Where there is no
+compiler, where the library does not pass a comparison with torch, or with ``SPECKV_NATIVE=0`` in
+the environment, :func:`library` returns None and :func:`status` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from speckv.kernels import functional
+
+__all__ = ["DTYPES", "SWITCH_VARIABLE", "Library", "library", "status"]
+
+SWITCH_VARIABLE = "SPECKV_NATIVE"
+"""Environment variable that, set to 0, turns these operations off."""
+
+_SOURCE = Path(__file__).with_name("native.c")
+_COMPILE_FLAGS = (
+    "-std=gnu99",
+    "-O3",
+    "-march=native",
+    "-fopenmp",
+    "-fPIC",
+    # The one fused multiply-add is explicit: the compiler must not choose others, case by case.
+    "-ffp-contract=off",
+    "-fno-math-errno",
+)
+# Linked without -fopenmp: the runtime's symbols stay undefined, and torch's copy resolves them.
+_LINK_FLAGS = ("-shared",)
+_COMPILERS = ("cc", "gcc", "clang")
+_COMPILE_TIMEOUT_S = 120
+_CPU_FIELDS = ("model name", "flags", "CPU implementer", "CPU part", "Features")
+_OPENMP_NAMES = ("libgomp", "libiomp", "libomp")
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+DTYPES = tuple(_SUFFIX)
+"""Types of the row operations; the product is fp32 only."""
+
+
+class _UnavailableError(Exception):
+    """Why the library cannot be used, in one line."""
+
+
+class Library:
+    """The operations of a compiled library.
+
+    Tensors are contiguous, on the CPU, and of one type: fp32 for :meth:`linear`, fp32 or bf16 for
+    the others. The number of threads is ``torch.get_num_threads()``.
+
+    Parameters
+    ----------
+    path : Path
+        The shared library.
+
+    Raises
+    ------
+    OSError
+        If it cannot be loaded, or needs an OpenMP runtime other than the one of the process.
+    AttributeError
+        If it lacks a function.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # RTLD_NOW: an OpenMP runtime that does not fit must show here, not in a forward.
+        loaded = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
+        pointer, size, real, count = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
+
+        def bind(name: str, *types: Any) -> Callable[..., None]:
+            function = loaded[f"speckv_{name}"]
+            function.argtypes, function.restype = types, None
+            return function
+
+        def by_dtype(name: str, *types: Any) -> dict[torch.dtype, Callable[..., None]]:
+            return {dtype: bind(f"{name}_{suffix}", *types) for dtype, suffix in _SUFFIX.items()}
+
+        self._linear = bind("linear_f32", *[pointer] * 5, size, size, size, count)
+        self._rms_norm = by_dtype("rms_norm", *[pointer] * 3, size, size, real, count)
+        self._swiglu = by_dtype("swiglu", pointer, pointer, size, size, count)
+        self._rope = by_dtype("rope", *[pointer] * 4, size, size, count)
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        """``x [rows, K] @ weight [N, K].T + bias [N] + residual [rows, N]``, all fp32.
+
+        Raises
+        ------
+        ValueError
+            If the shapes do not fit.
+        """
+        (rows, columns), (outputs, expected) = x.shape, weight.shape
+        if columns != expected:
+            raise ValueError(f"x: expected [rows, {expected}], got {tuple(x.shape)}")
+        if residual is not None and residual.shape != (rows, outputs):
+            raise ValueError(f"residual: expected {(rows, outputs)}, got {tuple(residual.shape)}")
+        out = x.new_empty((rows, outputs))
+        self._linear(
+            x.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            out.data_ptr(),
+            rows,
+            outputs,
+            columns,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """:func:`functional.rms_norm` of ``x [rows, K]``.
+
+        Raises
+        ------
+        ValueError
+            If ``x`` does not have the columns of ``weight [K]``.
+        """
+        rows, columns = x.shape
+        if weight.shape != (columns,):
+            raise ValueError(f"x: expected [rows, {weight.shape[0]}], got {tuple(x.shape)}")
+        out = torch.empty_like(x)
+        self._rms_norm[x.dtype](
+            x.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            rows,
+            columns,
+            eps,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """:func:`functional.swiglu` of ``gate_up [rows, 2 * K]``."""
+        rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty((rows, columns))
+        self._swiglu[gate_up.dtype](
+            gate_up.data_ptr(), out.data_ptr(), rows, columns, torch.get_num_threads()
+        )
+        return out
+
+    def rope(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """:func:`functional.rope` of tensors ``[rows, heads, head_dim]``.
+
+        Raises
+        ------
+        ValueError
+            If their shapes differ.
+        """
+        if not qkv.shape == cos.shape == sin.shape:
+            raise ValueError(
+                f"cos, sin: expected {tuple(qkv.shape)}, got {tuple(cos.shape)} and "
+                f"{tuple(sin.shape)}"
+            )
+        rows, heads, dim = qkv.shape
+        out = torch.empty_like(qkv)
+        self._rope[qkv.dtype](
+            qkv.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            out.data_ptr(),
+            rows * heads,
+            dim,
+            torch.get_num_threads(),
+        )
+        return out
+
+
+def library() -> Library | None:
+    """The operations, compiled first if need be, or None where they cannot be used."""
+    found = _loaded()
+    return found if isinstance(found, Library) else None
+
+
+def status() -> str:
+    """One line: where the library is, or why there is none."""
+    found = _loaded()
+    return str(found.path) if isinstance(found, Library) else f"not used: {found}"
+
+
+@functools.cache
+def _loaded() -> Library | str:
+    """The library, or why there is none."""
+    try:
+        if os.environ.get(SWITCH_VARIABLE) == "0":
+            raise _UnavailableError(f"{SWITCH_VARIABLE}=0")
+        if sys.platform != "linux":
+            raise _UnavailableError(f"only on Linux, not on {sys.platform}")
+        _require_torch_openmp()
+        found = Library(_compiled())
+        _check(found)
+    except (_UnavailableError, OSError, AttributeError, subprocess.SubprocessError) as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return found
+
+
+def _require_torch_openmp() -> None:
+    """Make the OpenMP runtime that torch uses the one that symbols resolve to."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    mapped = sorted(
+        {line.split(maxsplit=5)[5] for line in lines if line.endswith(".so") or ".so." in line}
+    )
+    wanted = {
+        _address(path, "GOMP_parallel")
+        for path in mapped
+        if Path(path).name.startswith("libtorch_cpu.")
+    } - {None}
+    if len(wanted) != 1:
+        raise _UnavailableError("torch uses no OpenMP runtime with GOMP_parallel")
+    if _address(None, "GOMP_parallel") in wanted:
+        return
+    for path in mapped:
+        if Path(path).name.startswith(_OPENMP_NAMES) and _address(path, "GOMP_parallel") in wanted:
+            ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_NOW | os.RTLD_GLOBAL)
+    if _address(None, "GOMP_parallel") not in wanted:
+        raise _UnavailableError("symbols resolve to another OpenMP runtime than torch's")
+
+
+def _address(path: str | None, symbol: str) -> int | None:
+    """Where a symbol of a loaded library (None: of the whole process) is."""
+    try:
+        function = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)[symbol]
+    except (OSError, AttributeError):
+        return None
+    return ctypes.cast(function, ctypes.c_void_p).value
+
+
+def _compiled() -> Path:
+    """The shared library in the cache, compiled first if it is not there.
+
+    The folder is that of the models: ``SPECKV_CACHE``, or ``~/.cache/speckv``.
+    """
+    compiler = _compiler()
+    version = _output([*compiler, "--version"])
+    facts = (_SOURCE.read_text(), *_COMPILE_FLAGS, *_LINK_FLAGS, *compiler, version, _processor())
+    digest = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
+    chosen = os.environ.get("SPECKV_CACHE")
+    root = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "speckv"
+    path = root / "native" / f"rows-{digest}.so"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                _compile(compiler, path)
+    return path
+
+
+def _compile(compiler: list[str], path: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
+        compiled, linked = Path(folder) / "rows.o", Path(folder) / "rows.so"
+        _output([*compiler, *_COMPILE_FLAGS, "-c", str(_SOURCE), "-o", str(compiled)])
+        _output([*compiler, *_LINK_FLAGS, str(compiled), "-o", str(linked), "-lm"])
+        linked.replace(path)
+
+
+def _compiler() -> list[str]:
+    """The command of the C compiler: ``CC``, or the first of the usual names that is there."""
+    given = shlex.split(os.environ.get("CC", ""))
+    if given:
+        return given
+    for name in _COMPILERS:
+        found = shutil.which(name)
+        if found is not None:
+            return [found]
+    raise _UnavailableError(f"no C compiler: none of {', '.join(_COMPILERS)} is there, CC is unset")
+
+
+def _output(command: list[str]) -> str:
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=_COMPILE_TIMEOUT_S,
+    )
+    if done.returncode:
+        complaint = next(
+            (line for line in done.stderr.splitlines() if "error" in line),
+            f"it ended with {done.returncode}",
+        )
+        raise _UnavailableError(f"{command[0]} fails: {complaint.strip()}")
+    return done.stdout
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on."""
+    first = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    facts = [line for line in first if line.partition(":")[0].strip() in _CPU_FIELDS]
+    return "\n".join([platform.machine(), *facts])
+
+
+@torch.inference_mode()
+def _check(found: Library) -> None:
+    """Compare every operation with torch, on shapes that reach every branch of the tiles."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    x, weight, bias, residual = noise(11, 83), noise(37, 83), noise(37), noise(11, 37)
+    cases = [(found.linear(x, weight, bias, residual), residual + (x @ weight.T + bias), 1e-4)]
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        rows, scale = noise(3, 46).to(dtype), noise(46).to(dtype)
+        qkv, cos, sin = (noise(3, 5, 12).to(dtype) for _ in range(3))
+        cases += [
+            (found.rms_norm(rows, scale, 1e-5), functional.rms_norm(rows, scale, 1e-5), bound),
+            (found.swiglu(rows), functional.swiglu(rows), bound),
+            (found.rope(qkv, cos, sin), functional.rope(qkv, cos, sin), bound),
+        ]
+    for actual, expected, bound in cases:
+        if not torch.allclose(actual.float(), expected.float(), rtol=bound, atol=bound):
+            raise _UnavailableError(f"{found.path} computes something else than torch")
