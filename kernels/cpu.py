@@ -388,7 +388,7 @@ def proven_swiglu_counts(width: int, dtype: torch.dtype) -> tuple[int, ...]:
 def proven_rope_counts(
     heads: int, rotated: int, width: int, dtype: torch.dtype, head_norm: bool
 ) -> tuple[int, ...]:
-    """Row counts proven for the ``rope`` of :func:`row_function`, after a head norm if there is one.
+    """Row counts proven for the ``rope`` of :func:`row_function`, after a head norm or not.
 
     ``heads`` counts queries, keys and values, ``rotated`` queries and keys, ``width`` is the width
     of a head.
