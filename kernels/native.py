@@ -272,6 +272,7 @@ def _compile(compiler: list[str], path: Path) -> None:
         compiled, linked = Path(folder) / "rows.o", Path(folder) / "rows.so"
         _output([*compiler, *_COMPILE_FLAGS, "-c", str(_SOURCE), "-o", str(compiled)])
         _output([*compiler, *_LINK_FLAGS, str(compiled), "-o", str(linked), "-lm"])
+        ctypes.CDLL(str(linked), mode=os.RTLD_NOW)  # what does not load must not stay in the cache
         linked.replace(path)
 
 
