@@ -128,8 +128,12 @@ class CpuAttention:
             stacked = queries.reshape(1, kv_heads, group, dim)
             out = F.scaled_dot_product_attention(stacked, keys, values, attn_mask=piece.mask)
             return out.view(1, self.heads * dim)
-        stacked = queries.new_zeros(1, kv_heads, piece.padded, group, dim)
-        stacked[0, :, :count] = queries.view(count, kv_heads, group, dim).transpose(0, 1)
+        rows = queries.view(count, kv_heads, group, dim).transpose(0, 1)
+        if count == piece.padded:
+            stacked = rows.contiguous()
+        else:
+            stacked = queries.new_zeros(kv_heads, piece.padded, group, dim)
+            stacked[:, :count] = rows
         out = F.scaled_dot_product_attention(
             stacked.view(1, kv_heads, -1, dim), keys, values, attn_mask=piece.mask
         )

@@ -256,6 +256,12 @@ class _HostStep:
         if pieces is None:
             pieces = [attention.pieces(start, width, window) for start in self._starts]
             self._pieces[window] = pieces
+        if len(pieces) == 1 and len(pieces[0]) == 1 and width == qkv.shape[0]:
+            # One sequence, nothing padded: plain decoding, where each small call counts.
+            slot, start, piece = self._slots[0], self._starts[0], pieces[0][0]
+            queries, kv = qkv.split_with_sizes((heads, qkv.shape[1] - heads), 1)
+            cache.slot(index, slot).narrow(0, start, width).copy_(kv)
+            return attention(queries, *cache.heads(index, slot, piece.low, piece.high), piece)
         if self._out is None:
             self._out = qkv.new_zeros(qkv.shape[0], heads * attention.dim)
         out = self._out
