@@ -7,11 +7,13 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from speckv.files import write_atomically
+from speckv.machine import cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,7 +31,7 @@ def environment() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "triton": _version("triton"),
         "threads": torch.get_num_threads(),
-        "cpu": cpu_name(),
+        "cpu": f"{cpu_name()}, {os.cpu_count()} cores",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "device": "cpu",
     }
@@ -40,27 +42,10 @@ def environment() -> dict[str, Any]:
     return facts
 
 
-def cpu_name() -> str:
-    """The processor's name and core count."""
-    name = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    return f"{name}, {os.cpu_count()} cores"
-
-
 def write_json(path: Path, document: Any) -> None:
-    """Write JSON; an interrupted write leaves the old file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(document, file, indent=1)
-        file.write("\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    """Write indented JSON; an interrupted write leaves the old file or none."""
+    text = json.dumps(document, indent=1) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def _git(*arguments: str) -> str | None:

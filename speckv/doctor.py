@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._cli_output import progress_bar
 from ._version import __version__
+from .machine import cpu_fields, cpu_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -316,14 +317,9 @@ def _cpu_problem() -> str | None:
 
 def _cpu() -> dict[str, Any]:
     """Model name, thread count and vector extensions; Linux tells most."""
-    fields: dict[str, str] = {}
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines():
-            key, _, value = line.partition(":")
-            fields[key.strip()] = value.strip()
-    flags = fields.get("flags", "").split()
+    flags = cpu_fields().get("flags", "").split()
     return {
-        "cpu": fields.get("model name") or platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "threads": os.cpu_count() or 1,
         "features": {name: flag in flags for name, flag in _CPU_FLAGS.items()},
     }

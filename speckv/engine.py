@@ -15,7 +15,7 @@ from .decoding.calibrate import calibrated
 from .decoding.eager import EagerLoop, StepRecord
 from .decoding.requests import RequestBatch
 from .decoding.stats import Stats
-from .errors import SpeckvError
+from .errors import NumericsError, SpeckvError
 from .kernels.layout import DONE_LENGTH, DONE_STOP
 from .models.base import CausalModel
 from .models.loading import load_model
@@ -29,6 +29,12 @@ from .text import TextStream
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or (with ``chat=True``) chat messages."""
 
+_WAYS_OF_SAMPLING: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 1.0},
+    {"temperature": 1.0, "top_k": 2},
+    {"temperature": 1.0, "coupling": "rejection"},
+)
 _FINISH = {DONE_STOP: "stop", DONE_LENGTH: "length"}
 
 
@@ -44,7 +50,7 @@ class Engine:
     policy : str or Policy
         See `speckv.policies`.
     id_map : int32 [V_draft], optional
-        Target id of each draft id.
+        Target id of each draft id; by default they are the same.
     max_batch_size : int
         Longer lists of prompts are decoded in groups of this many.
     cost : CostTable, optional
@@ -72,12 +78,10 @@ class Engine:
         self.target, self.tokenizer, self.draft = target, tokenizer, draft
         self.policy = self._usable(parse_policy(policy))
         self.max_batch_size = max_batch_size
-        models = [target] if draft is None else [target, draft]
-        self.max_length = min(model.max_positions for model in models)
+        self.max_length = target.max_positions
         self._id_map = id_map
         self._cost = cost
         self._loop: EagerLoop | None = None
-        self._packed: dict[str, Tensor] = {}
         self._busy = Lock()
 
     @classmethod
@@ -90,6 +94,7 @@ class Engine:
         policy: str | Policy = "speckv",
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        id_map: Tensor | None = None,
         max_batch_size: int = 8,
         progress: bool = True,
     ) -> Engine:
@@ -108,6 +113,8 @@ class Engine:
             CUDA where there is one, else the CPU.
         dtype : optional
             Of activations and KV cache.
+        id_map : int32 [V_draft], optional
+            Target id of each draft id, for a draft of another vocabulary; checked.
         progress : bool
             Whether slow parts of loading show progress on stderr.
 
@@ -122,7 +129,7 @@ class Engine:
         model, tokenizer = load_model(
             target, compression=compression, dtype=dtype, device=device, progress=progress
         )
-        drafted, id_map = load_draft(draft, model, tokenizer, progress=progress)
+        drafted, id_map = load_draft(draft, model, tokenizer, id_map=id_map, progress=progress)
         return cls(
             model,
             tokenizer,
@@ -213,17 +220,18 @@ class Engine:
     def warmup(self, batch_size: int = 1, length: int = 2048) -> None:
         """Prepare for requests of up to ``batch_size`` rows and ``length`` tokens.
 
-        Allocates caches, compiles kernels, packs the policy (measuring its costs where it needs
-        them): requests within these bounds do none of it.
+        Measures the costs that the policy needs, allocates caches and buffers, and decodes a little
+        in every way of sampling, with and without a draft, so that every kernel is compiled:
+        requests within these bounds do none of it.
         """
-        length = min(length, self.max_length)
-        self._loop_for(min(batch_size, self.max_batch_size), length)
-        prompt = [[1, 2, 3]] * min(batch_size, self.max_batch_size)
-        for temperature in (0.0, 1.0):
-            params = SamplingParams(
-                max_new_tokens=8, temperature=temperature, seed=0, ignore_eos=True, top_k=5
-            )
-            self.generate(prompt, params)
+        rows = min(batch_size, self.max_batch_size)
+        self._loop_for(rows, min(length, self.max_length))
+        self._pack(self.policy)
+        policies = ["fixed:0"] if self.draft is None else ["fixed:0", "fixed:2"]
+        for policy in policies:
+            for options in _WAYS_OF_SAMPLING:
+                params = SamplingParams(max_new_tokens=4, seed=0, ignore_eos=True, **options)
+                self.generate([[0, 0]] * rows, params, policy=policy)
 
     def _prompts(self, prompt: Any, chat: bool) -> tuple[list[list[int]], bool]:
         many = not isinstance(prompt, str) and isinstance(prompt, Sequence) and not _is_one(prompt)
@@ -241,7 +249,8 @@ class Engine:
                 raise ValueError("prompt: expected a message that is not empty")
             ids = apply_chat_template(self.tokenizer, list(messages))
         elif isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt)
+            # A tokenizer that adds a first token of its own would make a prompt of nothing.
+            ids = self.tokenizer.encode(prompt) if prompt else []
         elif _is_ids(prompt):
             ids = [int(token) for token in prompt]
         else:
@@ -288,13 +297,9 @@ class Engine:
         return policy
 
     def _pack(self, policy: Policy) -> Tensor:
-        if policy.name not in self._packed:
-            if policy.needs_cost and self._cost is None and self.draft is not None:
-                self._cost = calibrated(self.target, self.draft)
-            self._packed[policy.name] = policy.pack(self.target.compression, self._cost).to(
-                self.target.device
-            )
-        return self._packed[policy.name]
+        if policy.needs_cost and self._cost is None and self.draft is not None:
+            self._cost = calibrated(self.target, self.draft)
+        return policy.pack(self.target.compression, self._cost)
 
     def _loop_for(self, batch: int, length: int) -> EagerLoop:
         """The loop, grown where a request needs more rows or a longer context."""
@@ -365,6 +370,10 @@ class _Generation:
                 self._add_seconds(loop, elapsed)
                 for record in records:
                     yield self._advance(loop, record, elapsed)
+        except NumericsError:
+            # What is not finite now stands in the caches, and would reach later requests.
+            engine._loop = None
+            raise
         except KeyboardInterrupt:
             self.interrupted = True
             self._add_seconds(loop, time.perf_counter() - start)

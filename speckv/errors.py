@@ -14,7 +14,7 @@ class SpeckvError(Exception):
 
 
 class ModelError(SpeckvError):
-    """A model cannot be had: unknown name, no network, a missing or corrupt file, a bad checksum."""
+    """A model cannot be had: unknown name, no network, a missing or corrupt file."""
 
 
 class NumericsError(SpeckvError, RuntimeError):

@@ -25,8 +25,8 @@ class SamplingParams:
         Keep the most probable tokens up to this mass, in (0, 1]; applied after ``top_k``, as
         transformers does.
     seed : int or None
-        64 bits. The same seed gives the same tokens, whatever the policy. None draws one; the
-        result tells which.
+        64 bits. The same seed gives the same tokens, whatever the policy; in a list of prompts,
+        each place has noise of its own. None draws one; the result tells which.
     coupling : "gumbel" | "rejection"
         Gumbel coupling gives exactly the tokens of plain sampling with that seed. Rejection
         sampling accepts more draft tokens and is exact in distribution only.

@@ -44,6 +44,7 @@ class TabularModel:
     def __init__(self, table: Tensor) -> None:
         self.table = table
         self.vocab_size = table.shape[-1]
+        self.embedding_size = table.shape[1]
         self.dtype, self.device = table.dtype, table.device
 
     def new_cache(self, batch: int, capacity: int) -> TabularCache:

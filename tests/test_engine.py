@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from speckv import Engine, GenerationInterrupted, SamplingParams
+import speckv.kernels
+from speckv import Engine, GenerationInterrupted, Policy, SamplingParams
 from speckv.errors import NumericsError, PolicyError, SpeckvError
+from speckv.kernels import layout as at
 from speckv.policies import CostTable
 from tests.tabular import TabularModel, random_table
 
@@ -326,12 +329,79 @@ def test_one_request_at_a_time(engine: Engine) -> None:
 
 def test_after_warmup_nothing_is_allocated_again(engine: Engine) -> None:
     engine.warmup(batch_size=2, length=512)
-    loop, packed = engine._loop, dict(engine._packed)
+    loop = engine._loop
+    assert loop is not None
+    rejection_rows = loop._rejection_rows
+    assert rejection_rows is not None
     engine.generate(["hello"] * 2, SAMPLED)
-    assert engine._loop is loop
-    assert all(engine._packed[name] is tensor for name, tensor in packed.items())
+    engine.generate("hello", replace(SAMPLED, coupling="rejection"))
+    assert engine._loop is loop and loop._rejection_rows is rejection_rows
 
 
 def test_description_names_models_and_policy(engine: Engine) -> None:
     line = engine.describe()
     assert "tabular" in line and "fixed:4" in line and "cpu" in line and "\n" not in line
+
+
+def test_a_policy_is_what_it_says_not_what_it_is_called(engine: Engine) -> None:
+    for cap in (0, 4):
+        policy = Policy("mine", at.MODE_FIXED, gamma_cap=cap)
+        result = engine.generate("hello", GREEDY, policy=policy)
+        assert max(result.stats.gamma_histogram) == cap
+
+
+def test_numbers_gone_bad_do_not_reach_the_next_request(
+    pair: tuple[TabularModel, TabularModel],
+) -> None:
+    models = Interfering(pair[0].table, -1, lambda x: x * math.nan), pair[1]
+    engine = Engine(models[0], Letters(), models[1], policy="fixed:2")
+    engine.warmup(length=512)
+    models[0].calls, models[0].at = 0, 4
+    before = engine._loop
+    with pytest.raises(NumericsError):
+        engine.generate("hello", GREEDY)
+    assert engine._loop is not before, "caches that hold NaN are dropped"
+
+
+@pytest.mark.parametrize(("dropped", "at_least"), [(0, 1.0), (1, 0.2)])
+def test_a_draft_of_its_own_vocabulary_is_fed_its_own_ids(
+    pair: tuple[TabularModel, TabularModel], dropped: int, at_least: float
+) -> None:
+    """The target itself with its ids renamed, and one dropped: embedding, head and all."""
+    kept = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(3))[: VOCAB - dropped]
+    # Nothing stands before the first position, so the id it is looked up by keeps its place.
+    kept = torch.cat((torch.tensor([0]), kept[kept != 0]))
+    renamed = model(pair[0].table[:, kept][:, :, kept][..., kept])
+    assert renamed.embedding_size == renamed.vocab_size == VOCAB - dropped
+    engine = Engine(pair[0], Letters(), renamed, policy="fixed:4", id_map=kept.int())
+    plain = engine.generate("hello", GREEDY, policy="fixed:0")
+    for params in (GREEDY, SAMPLED, replace(SAMPLED, coupling="rejection")):
+        assert engine.generate("hello", params).stats.acceptance_rate >= at_least
+    assert engine.generate("hello", GREEDY).token_ids == plain.token_ids
+
+
+def test_a_draft_of_a_short_context_stops_drafting(
+    pair: tuple[TabularModel, TabularModel],
+) -> None:
+    short = model(pair[1].table)
+    short.max_positions = 30
+    engine = Engine(pair[0], Letters(), short, policy="fixed:4")
+    whole = Engine(pair[0], Letters(), pair[1], policy="fixed:4").generate("hello", GREEDY)
+    result = engine.generate("hello", GREEDY)
+    assert result.token_ids == whole.token_ids
+    assert set(result.stats.gamma_histogram) >= {0, 4}
+
+
+def test_the_loop_passes_what_the_kernels_accept(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their public calls validate, and compute on the CPU by the reference."""
+    expected = engine.generate(["hello", "ab"], SAMPLED)
+    rejection = replace(SAMPLED, coupling="rejection")
+    monkeypatch.setattr("speckv.decoding.eager.operations", lambda device: speckv.kernels)
+    checked = Engine(engine.target, Letters(), engine.draft, policy="fixed:4")
+    results = checked.generate(["hello", "ab"], replace(SAMPLED, top_k=VOCAB))
+    assert [r.token_ids for r in results] == [r.token_ids for r in expected]
+    checked.generate(["hello", "ab"], rejection)
+    checked.generate("hello", rejection)
+    checked.generate("hello", GREEDY)

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import platform
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from time import perf_counter
+from typing import Any
 
 import torch
 
-from ..kernels.layout import WIDTH_MAX
+from ..files import write_atomically
+from ..kernels import layout as at
+from ..kernels.layout import WIDTH_MAX, StepState
+from ..machine import cpu_name
 from ..models.base import CausalModel
+from ..models.cache import KVCache
 from ..models.hub import cache_root
-from ..policies.cost import CostTable
+from ..models.progress import SlowProgress
+from ..policies import CostTable, parse_policy
+from .eager import operations
 
-_VERSION = 1
+_VERSION = 2
 _WIDTHS = (1, 2, 3, 5, 9, 16)
 _CONTEXTS = (64, 1024)
 _REPEATS = 5
@@ -37,48 +41,68 @@ def calibrated(target: CausalModel, draft: CausalModel) -> CostTable:
 
 @torch.inference_mode()
 def measure(target: CausalModel, draft: CausalModel) -> CostTable:
-    """Time forwards of both models and fit `CostTable`: medians, linear between widths.
+    """Time forwards of both models, `draft_step` and `verify`, and fit `CostTable`.
 
-    Context slopes come from two lengths; where noise makes one negative it is zero.
+    Medians, linear between widths. Context slopes come from two lengths; where noise makes one
+    negative it is zero. The draft's first forward of a step is priced at the two rows that it has
+    after a full acceptance.
     """
-    contexts = [c for c in _CONTEXTS if c + WIDTH_MAX <= _longest(target, draft)] or [1]
-    verify = [[_forward_ms(target, width, c) for width in _WIDTHS] for c in contexts]
-    drafted = [_forward_ms(draft, 1, c) for c in contexts]
-    span = contexts[-1] - contexts[0]
-    verify_slope = draft_slope = 0.0
-    if span:
-        slopes = [(far - near) / span for near, far in zip(verify[0], verify[-1], strict=True)]
-        verify_slope = max(median(slopes), 0.0)
-        draft_slope = max((drafted[-1] - drafted[0]) / span, 0.0)
+    longest = min(target.max_positions, draft.max_positions) - WIDTH_MAX
+    contexts = [context for context in _CONTEXTS if context <= longest] or [1]
+    target_cache = target.new_cache(1, contexts[-1] + WIDTH_MAX)
+    draft_cache = draft.new_cache(1, contexts[-1] + WIDTH_MAX)
+    with SlowProgress("Measuring costs", len(contexts) * (len(_WIDTHS) + 2)) as progress:
+
+        def forward_ms(model: CausalModel, cache: KVCache, width: int, context: int) -> float:
+            progress.advance()
+            tokens = torch.zeros(1, width, dtype=torch.int32, device=model.device)
+            return _median_ms(lambda: model.forward(tokens, [context], cache), model.device)
+
+        verify = [[forward_ms(target, target_cache, w, c) for w in _WIDTHS] for c in contexts]
+        drafted = [[forward_ms(draft, draft_cache, w, c) for w in (1, 2)] for c in contexts]
+    choice_ms, commit_ms = _operation_ms(target, draft)
+    span = max(contexts[-1] - contexts[0], 1)
+    slopes = [(far - near) / span for near, far in zip(verify[0], verify[-1], strict=True)]
+    verify_slope = max(median(slopes), 0.0)
+    draft_slope = max((drafted[-1][0] - drafted[0][0]) / span, 0.0)
+    widths = _interpolate(_WIDTHS, verify[0])
     return CostTable.from_parts(
-        draft_ms=max(drafted[0] - draft_slope * contexts[0], 1e-3),
-        verify_ms=[
-            max(ms - verify_slope * contexts[0], 1e-3) for ms in _interpolate(_WIDTHS, verify[0])
-        ],
+        draft_ms=max(drafted[0][0] - draft_slope * contexts[0], 0.0) + choice_ms,
+        verify_ms=[max(ms - verify_slope * contexts[0], 1e-3) + commit_ms for ms in widths],
+        catch_up_ms=max(drafted[0][1] - drafted[0][0], 0.0),
         draft_ms_per_context_token=draft_slope,
         verify_ms_per_context_token=verify_slope,
     )
 
 
-def _forward_ms(model: CausalModel, width: int, context: int) -> float:
-    cache = model.new_cache(1, context + WIDTH_MAX)
-    tokens = torch.zeros(1, width, dtype=torch.int32, device=model.device)
+def _operation_ms(target: CausalModel, draft: CausalModel) -> tuple[float, float]:
+    """Milliseconds of `draft_step` and of `verify` on one greedy row."""
+    device, operations_of = target.device, operations(target.device)
+    state = StepState.allocate(1, 64, device)
+    policy = parse_policy("paper").pack().to(device)
+    eos = torch.full((1, 1), -1, dtype=torch.int32, device=device)
+    draft_logits = torch.randn(1, draft.vocab_size, device=device).to(draft.dtype)
+    logits = torch.randn(1, 1, target.vocab_size, device=device).to(target.dtype)
 
-    def forward() -> None:
-        model.forward(tokens, [context], cache)
+    def run(operation: Callable[..., None], logits: torch.Tensor, **options: Any) -> None:
+        state.reset(0, [0], limit=32, request=0)
+        state.rows[0, at.STOP] = 0
+        operation(logits, state, policy, **options)
 
-    return _median_ms(forward, model.device)
+    choice = _median_ms(lambda: run(operations_of.draft_step, draft_logits), device)
+    commit = _median_ms(lambda: run(operations_of.verify, logits, eos=eos), device)
+    return choice, commit
 
 
-def _median_ms(call: Callable[[], None], device: torch.device) -> float:
+def _median_ms(call: Callable[[], object], device: torch.device) -> float:
     times = []
     for repeat in range(_REPEATS + 1):
-        start = time.perf_counter()
+        start = perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         if repeat:
-            times.append((time.perf_counter() - start) * 1e3)
+            times.append((perf_counter() - start) * 1e3)
     return median(times)
 
 
@@ -95,18 +119,14 @@ def _interpolate(widths: tuple[int, ...], values: list[float]) -> list[float]:
     return result
 
 
-def _longest(*models: CausalModel) -> int:
-    return min(model.max_positions for model in models)
-
-
 def _key(target: CausalModel, draft: CausalModel) -> str:
     """Costs change with any of these."""
     device = target.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     facts = [
         _VERSION,
         torch.__version__,
-        name or platform.machine(),
+        name,
         torch.get_num_threads(),
         torch.backends.cpu.get_cpu_capability(),
         *([m.name, m.compression, str(m.dtype), m.vocab_size] for m in (target, draft)),
@@ -124,11 +144,8 @@ def _read(path: Path) -> CostTable | None:
 
 
 def _write(path: Path, table: CostTable) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = {
-        "step_ms": table.step_ms,
-        "step_ms_per_context_token": table.step_ms_per_context_token,
-    }
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(data, file)
-    os.replace(file.name, path)
+    text = json.dumps(vars(table))
+    try:
+        write_atomically(path, lambda temporary: temporary.write_text(text))
+    except OSError:
+        return  # a cache that cannot be written to: measured again next time

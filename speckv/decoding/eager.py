@@ -105,19 +105,20 @@ class EagerLoop:
         # Blocks are gathered at a common width, so the last one may reach past a row's end.
         self._state = StepState.allocate(batch, capacity + at.WIDTH_MAX, target.device)
         self._target_cache = target.new_cache(batch, capacity)
-        self._draft_cache = None if draft is None else draft.new_cache(batch, capacity)
+        self._draft_cache = None
+        if draft is not None:
+            self._draft_cache = draft.new_cache(batch, min(capacity, draft.max_positions))
         self._id_map = id_map
-        # Checkpoints of one tokenizer may pad the vocabulary differently: ids that the other model
-        # does not have are never proposed, and fed to the draft as its last one.
-        self._shared_vocab = target.vocab_size
         self._draft_ids = None
-        if id_map is not None:
-            self._draft_ids = invert(id_map, target.vocab_size)
-        elif draft is not None:
-            self._shared_vocab = min(target.vocab_size, draft.vocab_size)
-            if self._shared_vocab < target.vocab_size:
-                same = torch.arange(self._shared_vocab, device=target.device)
-                self._draft_ids = invert(same, target.vocab_size)
+        if draft is not None and (id_map is not None or draft.vocab_size < target.vocab_size):
+            known = torch.arange(draft.vocab_size, device=target.device)
+            self._draft_ids = invert(known if id_map is None else id_map, target.vocab_size)
+        # A draft with a trimmed head embeds more ids than it proposes: the target's. One with a
+        # vocabulary of its own is fed its own ids, its first for a target token that it lacks.
+        self._draft_input_ids = None
+        if self._draft_ids is not None and draft is not None:
+            trimmed = draft.vocab_size < draft.embedding_size >= target.vocab_size
+            self._draft_input_ids = None if trimmed else self._draft_ids.clamp(min=0)
         self._rejection_rows: _DraftRows | None = None
 
     @torch.inference_mode()
@@ -141,6 +142,12 @@ class EagerLoop:
             self._draft(run)
             yield self._verify(run)
 
+    def _now(self) -> float:
+        """Host seconds, after what was launched is done."""
+        if self.target.device.type == "cuda":
+            torch.cuda.synchronize(self.target.device)
+        return time.perf_counter()
+
     def finish(self, row: int) -> None:
         """End row ``row`` after the records it has given (a stop text was found on the host)."""
         self._state.rows[row, at.DONE] = at.DONE_STOP
@@ -158,7 +165,7 @@ class EagerLoop:
         return state
 
     def _prefill(self, run: _Run) -> list[StepRecord]:
-        start = time.perf_counter()
+        start = self._now()
         logits = []
         for row, prompt in enumerate(run.requests.prompts):
             tokens = run.state.sequence[row, : len(prompt)]
@@ -167,25 +174,28 @@ class EagerLoop:
             logits.append(last)
         self._accept(run, torch.stack(logits)[:, None])
         records = committed(run.state, list(range(run.requests.size)))
-        self.seconds.prefill += time.perf_counter() - start
+        self.seconds.prefill += self._now() - start
         return [StepRecord(r.row, -1, 0, r.tokens, r.done) for r in records]
 
     def _draft(self, run: _Run) -> None:
         """Draft until every row has stopped."""
         rows = read_rows(run.state)
+        if self.draft is not None:
+            for b in drafting(rows):
+                if rows[b][at.LENGTH] + at.GAMMA_MAX > self.draft.max_positions:
+                    run.state.rows[b, at.STOP] = rows[b][at.STOP] = 1
         slots = drafting(rows)
         forward = self._catch_up
         while slots:
-            start = time.perf_counter()
+            start = self._now()
             logits = forward(run, rows, slots)
             forward = self._draft_forward
-            drafted = time.perf_counter()
-            logits = logits[:, : self._shared_vocab]
+            drafted = self._now()
             self._choose(run, rows, slots, scatter(logits, slots, len(rows)))
             rows = read_rows(run.state)
             slots = drafting(rows)
             self.seconds.draft += drafted - start
-            self.seconds.decision += time.perf_counter() - drafted
+            self.seconds.decision += self._now() - drafted
 
     def _catch_up(self, run: _Run, rows: list[list[int]], slots: list[int]) -> Tensor:
         """Feed the draft the committed tokens it lacks; logits [len(slots), V_draft]."""
@@ -213,10 +223,9 @@ class EagerLoop:
         return draft.forward(tokens, position, cache, slots=slots)[:, 0]
 
     def _known(self, tokens: Tensor) -> Tensor:
-        """``tokens`` as ids that the draft has an embedding for."""
-        if self._shared_vocab == self.target.vocab_size:
-            return tokens
-        return tokens.clamp(max=self._shared_vocab - 1)
+        """Target ``tokens`` as the draft embeds them."""
+        ids = self._draft_input_ids
+        return tokens if ids is None else ids[tokens.long()]
 
     def _choose(
         self, run: _Run, rows: list[list[int]], slots: list[int], logits: Tensor
@@ -242,7 +251,7 @@ class EagerLoop:
 
     def _verify(self, run: _Run) -> list[StepRecord]:
         """One target pass over [last committed, draft tokens], then commit."""
-        start = time.perf_counter()
+        start = self._now()
         rows = read_rows(run.state)
         slots = [b for b, row in enumerate(rows) if not row[at.DONE]]
         position = [rows[b][at.LENGTH] - 1 for b in slots]
@@ -255,7 +264,7 @@ class EagerLoop:
             if record.gamma > 0:
                 before = rows[record.row][at.LENGTH]
                 run.draft_length[record.row] = before + min(record.accepted, record.gamma - 1)
-        self.seconds.verify += time.perf_counter() - start
+        self.seconds.verify += self._now() - start
         return records
 
     def _accept(self, run: _Run, logits: Tensor) -> None:
@@ -277,7 +286,7 @@ class EagerLoop:
                 cutoffs=cutoffs,
             )
             return
-        drafts = self._drafts
+        drafts = self._drafts.narrow(batch)
         self._ops.verify_rejection(
             logits,
             run.state,
@@ -334,6 +343,10 @@ class _DraftRows:
             torch.zeros(shape, device=model.device),
             torch.zeros(shape, device=model.device),
         )
+
+    def narrow(self, batch: int) -> _DraftRows:
+        """A view of the first ``batch`` rows."""
+        return _DraftRows(self.logits[:batch], self.cutoffs[:batch], self.lse[:batch])
 
     def store(self, slots: list[int], index: list[int], *rows: Tensor) -> None:
         """Keep logits, cutoff and lse [B, ...] of draft token ``index[i]`` of row ``slots[i]``."""

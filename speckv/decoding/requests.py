@@ -57,13 +57,16 @@ class RequestBatch:
         device: torch.device,
         first_request: int = 0,
     ) -> RequestBatch:
-        """A batch from prompts and their parameters, which must be seeded and share a coupling.
+        """A batch from prompts and their parameters.
 
-        A row ends at ``max_length`` tokens at the latest.
+        Parameters have seeds, and those that sample share a coupling. A row ends at ``max_length``
+        tokens at the latest.
         """
-        couplings = {p.coupling for p in params}
+        couplings = {p.coupling for p in params if p.temperature > 0} or {"gumbel"}
         if len(couplings) != 1:
-            raise ValueError(f"coupling: expected one for the whole batch, got {couplings}")
+            raise ValueError(
+                f"coupling: expected one for the whole batch, got {sorted(couplings)}"
+            )
         stops = [
             [*(() if p.ignore_eos else eos_ids), *p.stop_token_ids] or [-1] for p in params
         ]

@@ -92,6 +92,7 @@ class TransformersAdapter:
         self._model.to(device).eval()
         self._block = _BLOCK
         self._geometry, self.vocab_size = _discover(self._model, name, device)
+        self.embedding_size = int(self._model.get_input_embeddings().weight.shape[0])
         self._check()
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:

@@ -29,6 +29,8 @@ class CausalModel(Protocol):
         Hub id or path, as shown to people.
     vocab_size : int
         Width of the logits.
+    embedding_size : int
+        Number of ids the model can be fed.
     max_positions : int
         Longest sequence in tokens.
     dtype : torch.dtype
@@ -43,6 +45,7 @@ class CausalModel(Protocol):
 
     name: str
     vocab_size: int
+    embedding_size: int
     max_positions: int
     dtype: torch.dtype
     device: torch.device

@@ -46,6 +46,7 @@ class LlamaDecoder:
         self.name = name
         self.compression = compression
         self.vocab_size = config.vocab_size
+        self.embedding_size = weights.embedding.shape[0]
         self.max_positions = config.max_positions
         self.eos_ids = config.eos_ids
         self.dtype = weights.embedding.dtype

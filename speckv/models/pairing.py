@@ -18,7 +18,12 @@ as seldom with more of them, and costs in proportion."""
 
 
 def load_draft(
-    draft: str | None, target: CausalModel, tokenizer: Any, *, progress: bool = True
+    draft: str | None,
+    target: CausalModel,
+    tokenizer: Any,
+    *,
+    id_map: Tensor | None = None,
+    progress: bool = True,
 ) -> tuple[CausalModel | None, Tensor | None]:
     """The draft model and the target id of each draft id (None: the same ids).
 
@@ -28,6 +33,8 @@ def load_draft(
         ``first:N``: the target's first N layers, final norm and head, sharing its weights.
         ``none``: no draft. Else as for `load_model`. By default ``first:4`` where the target can do
         that.
+    id_map : int32 [V_draft], optional
+        Target id of each draft id, for a draft that is loaded.
 
     Raises
     ------
@@ -50,8 +57,8 @@ def load_draft(
     model, draft_tokenizer = load_model(
         draft, dtype=target.dtype, device=target.device, progress=progress
     )
-    id_map = check_compatible(tokenizer, draft_tokenizer, target.vocab_size, model.vocab_size)
-    return model, id_map
+    vocabularies = target.vocab_size, model.vocab_size
+    return model, check_compatible(tokenizer, draft_tokenizer, *vocabularies, id_map)
 
 
 def eos_token_ids(target: CausalModel, tokenizer: Any) -> list[int]:

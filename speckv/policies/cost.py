@@ -11,8 +11,8 @@ from ..kernels.layout import WIDTH_MAX
 class CostTable:
     """Milliseconds of a step that verifies γ draft tokens, linear in the context length.
 
-    ``cost(γ) = t_draft · γ + t_verify(γ + 1) + t_overhead`` (DESIGN: catch-up after a full
-    acceptance rides in the first draft forward).
+    ``cost(γ) = t_draft · γ + t_catch_up [γ > 0] + t_verify(γ + 1)``. A draft token's cost holds
+    its choice, a verification's the commitment.
 
     Attributes
     ----------
@@ -38,12 +38,14 @@ class CostTable:
         cls,
         draft_ms: float,
         verify_ms: list[float],
-        overhead_ms: float = 0.0,
+        catch_up_ms: float = 0.0,
         draft_ms_per_context_token: float = 0.0,
         verify_ms_per_context_token: float = 0.0,
     ) -> CostTable:
-        """From the cost of a draft token and of a verification by width 1..16."""
-        step = [draft_ms * g + verify_ms[g] + overhead_ms for g in range(WIDTH_MAX)]
+        """From the cost of a draft token, of catching up, and of a verification by width 1..16."""
+        step = [
+            draft_ms * g + catch_up_ms * min(g, 1) + verify_ms[g] for g in range(WIDTH_MAX)
+        ]
         slope = [
             draft_ms_per_context_token * g + verify_ms_per_context_token for g in range(WIDTH_MAX)
         ]

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import PolicyError
+from ..files import write_atomically
 from ..kernels import layout as at
 
 FORMAT, VERSION = "speckv-policy", "1"
@@ -44,7 +43,7 @@ _OFFSETS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mlp:
     """Weights of the γ-MLP, in the layouts of `speckv.kernels.layout`.
 
@@ -97,15 +96,7 @@ class Mlp:
             "sha256": _checksum(tensors),
             "card": json.dumps(self.card, sort_keys=True),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        os.close(handle)
-        try:
-            save_file(tensors, temporary, metadata)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
     @classmethod
     def load(cls, path: Path) -> Mlp:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -83,7 +84,8 @@ class Policy:
         compression : str
             Of the target; bf16 and fp32 count as fp16.
         cost : CostTable, optional
-            Costs of a step on this machine; λ is the rate of plain decoding, so a draft that its
+            Costs of a step on this machine. λ, which should be the rate achieved, is that of plain
+            decoding, its lower bound: γ errs upwards where speculation pays, and a draft that its
             own predictions do not support is not used.
 
         Returns
@@ -147,6 +149,7 @@ def parse_policy(name: str | Policy) -> Policy:
     raise ValueError(f"policy: expected {_EXPECTED}, got {name!r}")
 
 
+@cache
 def shipped_mlp(name: str) -> Mlp:
     """The MLP that ships with the package under that name."""
     with as_file(files(__package__) / "data" / f"{name}.safetensors") as path:

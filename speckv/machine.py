@@ -1,0 +1,21 @@
+"""The machine's name, for keys of what was measured on it and for reports."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+
+def cpu_fields() -> dict[str, str]:
+    """What Linux tells about the first processor; empty elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    return cpu_fields().get("model name") or platform.processor() or platform.machine()
