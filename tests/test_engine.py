@@ -368,9 +368,9 @@ def test_a_draft_of_its_own_vocabulary_is_fed_its_own_ids(
     pair: tuple[TabularModel, TabularModel], dropped: int, at_least: float
 ) -> None:
     """The target itself with its ids renamed, and one dropped: embedding, head and all."""
-    kept = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(3))[: VOCAB - dropped]
-    # Nothing stands before the first position, so the id it is looked up by keeps its place.
-    kept = torch.cat((torch.tensor([0]), kept[kept != 0]))
+    # Nothing stands before the first position: id 0, which it is looked up by, keeps its place.
+    others = 1 + torch.randperm(VOCAB - 1, generator=torch.Generator().manual_seed(3))
+    kept = torch.cat((torch.tensor([0]), others[: VOCAB - 1 - dropped]))
     renamed = model(pair[0].table[:, kept][:, :, kept][..., kept])
     assert renamed.embedding_size == renamed.vocab_size == VOCAB - dropped
     engine = Engine(pair[0], Letters(), renamed, policy="fixed:4", id_map=kept.int())
