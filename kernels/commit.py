@@ -44,13 +44,28 @@ def _commit(
 
     The pointers are the row's. A last token of -1 stands for a row of logits without a token.
     """
+    # All threads load each of these words, and one stores it: none may still be about to load.
+    # The barrier stands behind the caller's loads too, those of the draft tokens among them.
+    error = tl.load(rows_ptr + at.ERROR)
+    limit = tl.load(rows_ptr + at.LIMIT)
+    step = tl.load(rows_ptr + at.STEP)
+    plain_run = tl.load(rows_ptr + at.PLAIN_RUN) + 1
+    mean_entropy = tl.load(running_ptr + at.MEAN_ENTROPY)
+    max_entropy = tl.load(running_ptr + at.MAX_ENTROPY)
+    mean_confidence = tl.load(running_ptr + at.MEAN_CONFIDENCE)
+    min_confidence = tl.load(running_ptr + at.MIN_CONFIDENCE)
+    last_entropy = tl.load(running_ptr + at.LAST_ENTROPY)
+    last_confidence = tl.load(running_ptr + at.LAST_CONFIDENCE)
+    last_margin = tl.load(running_ptr + at.LAST_MARGIN)
+    acceptance = tl.load(running_ptr + at.ACCEPTANCE)
+    tl.debug_barrier()
+
     o = tl.arange(0, 16)
     if tl.sum(tl.where(o == accepted, b_token, 0), 0) < 0:
-        tl.store(rows_ptr + at.ERROR, tl.load(rows_ptr + at.ERROR) | at.ERROR_TARGET)
+        tl.store(rows_ptr + at.ERROR, error | at.ERROR_TARGET)
         tl.store(rows_ptr + at.DONE, at.DONE_ERROR)
         tl.store(rows_ptr + at.COMMITTED, 0)
     else:
-        limit = tl.load(rows_ptr + at.LIMIT)
         room = limit - length
         ends = tl.zeros([16], tl.int1)
         for i in range(0, n_eos):
@@ -58,43 +73,39 @@ def _commit(
         o_end = tl.min(tl.where(ends & (o <= accepted) & (o < room), o, 16), 0)
         ended = o_end < 16
         count = tl.where(ended, o_end + 1, tl.minimum(accepted + 1, room))
-        tl.store(sequence_ptr + length + o, b_token, mask=o < count)
-
-        acceptance = tl.load(running_ptr + at.ACCEPTANCE)
-        plain_run = tl.load(rows_ptr + at.PLAIN_RUN) + 1
         if drafted > 0:
             share = accepted.to(tl.float32) / drafted.to(tl.float32)
             acceptance += tl.load(policy_ptr + at.EMA_WEIGHT) * (share - acceptance)
-            tl.store(running_ptr + at.ACCEPTANCE, acceptance)
             plain_run = plain_run * 0
-        length += count
         done = tl.where(count == room, at.DONE_LENGTH, at.RUNNING)
         done = tl.where(ended, at.DONE_STOP, done)
         stop = tl.full((), 1, tl.int32)
         if done == at.RUNNING:
             stop = _decide(
                 policy_ptr,
-                length,
+                length + count,
                 limit,
                 drafted * 0,
                 plain_run,
-                tl.load(running_ptr + at.MEAN_ENTROPY),
-                tl.load(running_ptr + at.MAX_ENTROPY),
-                tl.load(running_ptr + at.MEAN_CONFIDENCE),
-                tl.load(running_ptr + at.MIN_CONFIDENCE),
-                tl.load(running_ptr + at.LAST_ENTROPY),
-                tl.load(running_ptr + at.LAST_CONFIDENCE),
-                tl.load(running_ptr + at.LAST_MARGIN),
+                mean_entropy,
+                max_entropy,
+                mean_confidence,
+                min_confidence,
+                last_entropy,
+                last_confidence,
+                last_margin,
                 acceptance,
             )
-        tl.store(rows_ptr + at.LENGTH, length)
+        tl.store(sequence_ptr + length + o, b_token, mask=o < count)
+        tl.store(running_ptr + at.ACCEPTANCE, acceptance)
+        tl.store(rows_ptr + at.LENGTH, length + count)
         tl.store(rows_ptr + at.DRAFTED, 0)
         tl.store(rows_ptr + at.STOP, stop)
         tl.store(rows_ptr + at.DONE, done)
         tl.store(rows_ptr + at.GAMMA, drafted)
         tl.store(rows_ptr + at.ACCEPTED, tl.minimum(accepted, count))
         tl.store(rows_ptr + at.COMMITTED, count)
-        tl.store(rows_ptr + at.STEP, tl.load(rows_ptr + at.STEP) + 1)
+        tl.store(rows_ptr + at.STEP, step + 1)
         tl.store(rows_ptr + at.PLAIN_RUN, plain_run)
 
 

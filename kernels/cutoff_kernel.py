@@ -273,6 +273,7 @@ def _cutoff_select_kernel(
 
     if _arrives_last(counter_ptr + i_row, splits):
         number = tl.load(cursor_ptr, cache_modifier=".cg")
+        tl.debug_barrier()  # all threads have loaded what one resets
         tl.store(cursor_ptr, 0)
         top = tl.load(bound_ptr + i_row * 3 + 1)
         mass = tl.load(bound_ptr + i_row * 3 + 2)

@@ -212,53 +212,46 @@ def _draft_step_kernel(
             valid = valid & (score > float("-inf"))
             chosen = drawn
             token_logit = logit
+    # All threads load each of these words, and one stores it: none may still be about to load.
+    running_ptr += i_row * at.RUNNING_WORDS
+    error = tl.load(rows_ptr + at.ERROR)
+    limit = tl.load(rows_ptr + at.LIMIT)
+    plain_run = tl.load(rows_ptr + at.PLAIN_RUN)
+    mean_entropy = tl.load(running_ptr + at.MEAN_ENTROPY)
+    max_entropy = tl.load(running_ptr + at.MAX_ENTROPY)
+    mean_confidence = tl.load(running_ptr + at.MEAN_CONFIDENCE)
+    min_confidence = tl.load(running_ptr + at.MIN_CONFIDENCE)
+    acceptance = tl.load(running_ptr + at.ACCEPTANCE)
+    tl.debug_barrier()
+
     if valid == 0:
-        error = tl.load(rows_ptr + at.ERROR)
         tl.store(rows_ptr + at.ERROR, error | at.ERROR_DRAFT)
         tl.store(rows_ptr + at.STOP, 1)
         tl.store(rows_ptr + at.DONE, at.DONE_ERROR)
         return
     if HAS_ID_MAP:
         chosen = tl.load(id_map_ptr + chosen)
-    tl.store(sequence_ptr + i_row * stride_sequence_b + length + drafted, chosen)
-
     confidence = 1.0 / total
     entropy = tl.maximum(tl.log2(total) - weighted * confidence, 0.0)
     margin = confidence - tl.exp2(_exponent(second, top)) * confidence
     probability = tl.exp2(_exponent(token_logit, top)) * confidence
-    signals_ptr += (i_row * at.GAMMA_MAX + drafted) * at.SIGNALS
-    tl.store(signals_ptr + at.ENTROPY, entropy)
-    tl.store(signals_ptr + at.CONFIDENCE, confidence)
-    tl.store(signals_ptr + at.MARGIN, margin)
-    tl.store(signals_ptr + at.TOKEN_PROBABILITY, probability)
-
-    running_ptr += i_row * at.RUNNING_WORDS
-    mean_entropy = entropy
-    max_entropy = entropy
-    mean_confidence = confidence
-    min_confidence = confidence
     if drafted > 0:
         share = 1.0 / (drafted + 1).to(tl.float32)
-        mean_entropy = tl.load(running_ptr + at.MEAN_ENTROPY)
         mean_entropy += (entropy - mean_entropy) * share
-        max_entropy = tl.maximum(tl.load(running_ptr + at.MAX_ENTROPY), entropy)
-        mean_confidence = tl.load(running_ptr + at.MEAN_CONFIDENCE)
+        max_entropy = tl.maximum(max_entropy, entropy)
         mean_confidence += (confidence - mean_confidence) * share
-        min_confidence = tl.minimum(tl.load(running_ptr + at.MIN_CONFIDENCE), confidence)
-    tl.store(running_ptr + at.MEAN_ENTROPY, mean_entropy)
-    tl.store(running_ptr + at.MAX_ENTROPY, max_entropy)
-    tl.store(running_ptr + at.MEAN_CONFIDENCE, mean_confidence)
-    tl.store(running_ptr + at.MIN_CONFIDENCE, min_confidence)
-    tl.store(running_ptr + at.LAST_ENTROPY, entropy)
-    tl.store(running_ptr + at.LAST_CONFIDENCE, confidence)
-    tl.store(running_ptr + at.LAST_MARGIN, margin)
-
+        min_confidence = tl.minimum(min_confidence, confidence)
+    else:
+        mean_entropy = entropy
+        max_entropy = entropy
+        mean_confidence = confidence
+        min_confidence = confidence
     stop = _decide(
         policy_ptr,
         length,
-        tl.load(rows_ptr + at.LIMIT),
+        limit,
         drafted + 1,
-        tl.load(rows_ptr + at.PLAIN_RUN),
+        plain_run,
         mean_entropy,
         max_entropy,
         mean_confidence,
@@ -266,7 +259,21 @@ def _draft_step_kernel(
         entropy,
         confidence,
         margin,
-        tl.load(running_ptr + at.ACCEPTANCE),
+        acceptance,
     )
+
+    tl.store(sequence_ptr + i_row * stride_sequence_b + length + drafted, chosen)
+    signals_ptr += (i_row * at.GAMMA_MAX + drafted) * at.SIGNALS
+    tl.store(signals_ptr + at.ENTROPY, entropy)
+    tl.store(signals_ptr + at.CONFIDENCE, confidence)
+    tl.store(signals_ptr + at.MARGIN, margin)
+    tl.store(signals_ptr + at.TOKEN_PROBABILITY, probability)
+    tl.store(running_ptr + at.MEAN_ENTROPY, mean_entropy)
+    tl.store(running_ptr + at.MAX_ENTROPY, max_entropy)
+    tl.store(running_ptr + at.MEAN_CONFIDENCE, mean_confidence)
+    tl.store(running_ptr + at.MIN_CONFIDENCE, min_confidence)
+    tl.store(running_ptr + at.LAST_ENTROPY, entropy)
+    tl.store(running_ptr + at.LAST_CONFIDENCE, confidence)
+    tl.store(running_ptr + at.LAST_MARGIN, margin)
     tl.store(rows_ptr + at.DRAFTED, drafted + 1)
     tl.store(rows_ptr + at.STOP, stop)

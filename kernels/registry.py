@@ -93,6 +93,7 @@ class CompiledResources:
     shared_bytes : int
         Per program.
     cubin : bytes
+    ptx : str
     """
 
     kernel: str
@@ -102,6 +103,7 @@ class CompiledResources:
     spills: int
     shared_bytes: int
     cubin: bytes = field(repr=False)
+    ptx: str = field(default="", repr=False)
 
     @cached_property
     def sass(self) -> str:
@@ -181,6 +183,7 @@ def compile_variant(spec: KernelSpec, variant: Variant, arch: str) -> CompiledRe
         spills=int(usage["STACK"]) + int(usage["LOCAL"]),
         shared_bytes=int(compiled.metadata.shared),
         cubin=cubin,
+        ptx=compiled.asm["ptx"],
     )
 
 
