@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ from torch import Tensor
 from speckv.kernels import layout as at
 from speckv.kernels import reference
 from speckv.kernels.layout import StepState
+from tests.gpu.repeats import count_differences
 from tests.kernels.steps import (
     MODES,
     assert_same_state,
@@ -25,8 +24,6 @@ from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.gpu
 
-LAUNCHES = 1_000_000
-PER_GRAPH = 1000
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 VOCABULARIES = [7, 1031, 32_000, 49_152, 128_256, 262_144]
 
@@ -60,9 +57,9 @@ def test_verify(
         batch, width, vocabulary, dtype, mode, share=0.9, seed=vocabulary + width
     )
     state = on(expected, "cuda")
-    policy = mlp_policy(torch.Generator().manual_seed(1), at.LAYOUT_SURVIVAL, at.OBJECTIVE_RATE)
-    verify(at_stride(logits, pad), state, policy.cuda(), **on_device(arguments))
-    reference.verify(logits, expected, policy, **arguments)
+    policy = rate_policy()
+    verify(at_stride(logits, pad), state, policy, **on_device(arguments))
+    reference.verify(logits, expected, policy.cpu(), **arguments)
     assert_same_state(on(state, "cpu"), expected)
 
 
@@ -111,29 +108,20 @@ def test_cutoff(scale: float, vocabulary: int, dtype: torch.dtype, pad: int) -> 
         assert x.softmax(0)[between].sum() < 1e-4
 
 
-def count_differences(launch: Callable[[], None], mutated: list[Tensor]) -> int:
-    """Words that differ from the first launch's over `LAUNCHES` launches from the same start."""
-    start = [tensor.clone() for tensor in mutated]
-    launch()
-    first = [tensor.clone() for tensor in mutated]
-    different = torch.zeros((), dtype=torch.int64, device="cuda")
+def all_drafting(state: StepState) -> StepState:
+    """``state`` on the GPU, no row done or at its end and every row with draft tokens.
 
-    def once() -> None:
-        for tensor, value in zip(mutated, start, strict=True):
-            tensor.copy_(value)
-        launch()
-        for tensor, value in zip(mutated, first, strict=True):
-            different.add_((tensor.view(torch.int32) != value.view(torch.int32)).sum())
+    So that every row loads and stores all of its features, and decides by them.
+    """
+    state = on(state, "cuda")
+    state.rows[:, at.DONE], state.rows[:, at.LIMIT] = at.RUNNING, 60
+    state.rows[:, at.DRAFTED] = 1 + torch.arange(state.rows.shape[0], device="cuda") % 4
+    return state
 
-    once()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(PER_GRAPH):
-            once()
-    for _ in range(LAUNCHES // PER_GRAPH):
-        graph.replay()
-    torch.cuda.synchronize()
-    return int(different)
+
+def rate_policy() -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return mlp_policy(generator, at.LAYOUT_SURVIVAL, at.OBJECTIVE_RATE).cuda()
 
 
 @pytest.mark.slow
@@ -142,8 +130,8 @@ def test_a_million_verifications_give_the_same_bits(mode: str) -> None:
     from speckv.kernels.verify import Verify
 
     logits, state, arguments = verify_case(4, 5, 49_152, torch.bfloat16, mode, 0.9, seed=1)
-    logits, state = at_stride(logits, 0), on(state, "cuda")
-    prepared = Verify(logits, state, fixed_policy(4).cuda(), **on_device(arguments))
+    logits, state = at_stride(logits, 0), all_drafting(state)
+    prepared = Verify(logits, state, rate_policy(), **on_device(arguments))
     assert count_differences(lambda: prepared(logits), list(vars(state).values())) == 0
 
 
@@ -152,9 +140,8 @@ def test_a_million_rejections_give_the_same_bits() -> None:
     from speckv.kernels.rejection import VerifyRejection
 
     case = rejection_case(4, 5, 49_152, torch.bfloat16, seed=1, trimmed=True)
-    logits, state = case.logits.cuda(), on(case.state, "cuda")
-    arguments = on_device(copy.copy(case.arguments))
-    prepared = VerifyRejection(logits, state, fixed_policy(4).cuda(), **arguments)
+    logits, state = case.logits.cuda(), all_drafting(case.state)
+    prepared = VerifyRejection(logits, state, rate_policy(), **on_device(case.arguments))
     assert count_differences(lambda: prepared(logits), list(vars(state).values())) == 0
 
 
