@@ -72,14 +72,26 @@ def compare(
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocabulary", [1, 7, 111, 257, 1031])
-@pytest.mark.parametrize("batch", [0, 1, 3])
-def test_grid(batch: int, vocabulary: int, dtype: torch.dtype, mode: str) -> None:
-    width = {0: 2, 1: 8, 3: 4}[batch]
+@pytest.mark.parametrize("vocabulary", [1, 7, 111, 257])
+@pytest.mark.parametrize("gamma", [1, 3, 7])
+@pytest.mark.parametrize("batch", [0, 1, 3, 17])
+def test_grid(batch: int, gamma: int, vocabulary: int, mode: str) -> None:
+    """The data type varies along, so that each meets every batch, γ, vocabulary and mode."""
+    dtype = DTYPES[(batch + gamma // 2 + vocabulary // 7 + MODES.index(mode)) % 3]
+    seed = vocabulary + batch
     logits, state, arguments = verify_case(
-        batch, width, vocabulary, dtype, mode, share=0.8, seed=vocabulary + batch
+        batch, gamma + 1, vocabulary, dtype, mode, share=0.8, seed=seed
     )
+    if batch == 1:
+        state.rows[:, at.DRAFTED] = gamma
+    compare(logits, state, fixed_policy(gamma), **arguments)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocabulary", [257, 1031])
+def test_dtypes(vocabulary: int, dtype: torch.dtype, mode: str) -> None:
+    logits, state, arguments = verify_case(3, 4, vocabulary, dtype, mode, share=0.8, seed=13)
     compare(logits, state, fixed_policy(4), **arguments)
 
 
