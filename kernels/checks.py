@@ -5,9 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import layout as at
-from .layout import StepState
-
 _DTYPES = {
     "floating": (torch.float32, torch.float16, torch.bfloat16),
     "float32": (torch.float32,),
@@ -66,57 +63,3 @@ def check_tensor(
         raise ValueError(
             f"{name}: expected unit stride in the last dimension, got {tensor.stride(-1)}"
         )
-
-
-def check_state(state: StepState, policy: Tensor, batch: int, device: torch.device) -> None:
-    """Refuse a state, or a packed policy, that is not one of ``batch`` rows on ``device``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `check_tensor`.
-    """
-    check_tensor("state.rows", state.rows, "int32", (batch, at.ROW_WORDS), device, dense=True)
-    running = (batch, at.RUNNING_WORDS)
-    check_tensor("state.running", state.running, "float32", running, device, dense=True)
-    signals = (batch, at.GAMMA_MAX, at.SIGNALS)
-    check_tensor("state.signals", state.signals, "float32", signals, device, dense=True)
-    check_tensor("state.sequence", state.sequence, "int32", (batch, None), device)
-    check_tensor("policy", policy, "float32", (at.POLICY_WORDS,), device, dense=True)
-
-
-def check_step(logits: Tensor, state: StepState, policy: Tensor, eos: Tensor) -> None:
-    """Refuse arguments that a verification cannot work on.
-
-    Parameters
-    ----------
-    logits, state, policy, eos
-        As in `reference.verify`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        One line that names the argument, what was expected and what came.
-    """
-    check_tensor("logits", logits, "floating", (None, None, None))
-    batch, width, vocabulary = logits.shape
-    if not 1 <= width <= at.WIDTH_MAX:
-        raise ValueError(f"logits: expected 1 to {at.WIDTH_MAX} positions, got {width}")
-    if vocabulary < 1:
-        raise ValueError("logits: expected a vocabulary of at least 1, got 0")
-    check_state(state, policy, batch, logits.device)
-    check_tensor("eos", eos, "int32", (batch, None), logits.device)
-
-
-def check_sampling(
-    inv_temperature: object, seeds: object, batch: int, device: torch.device
-) -> None:
-    """Refuse temperatures or seeds that are not those of ``batch`` rows on ``device``.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `check_tensor`.
-    """
-    check_tensor("inv_temperature", inv_temperature, "float32", (batch,), device, dense=True)
-    check_tensor("seeds", seeds, "int64", (batch,), device, dense=True)

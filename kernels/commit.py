@@ -1,4 +1,4 @@
-"""The device function that ends a step, for `verify` and `verify_rejection`.
+"""The device function that ends a step, and what `verify` and `verify_rejection` check alike.
 
 Its twin is `reference._commit`.
 """
@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from . import layout as at
+from .checks import check_tensor
 from .device import _decide
+from .layout import StepState
 
 STATE_TYPES = {
     "rows_ptr": "*i32",
@@ -104,3 +107,31 @@ def _commit(
         tl.store(rows_ptr + at.COMMITTED, count)
         tl.store(rows_ptr + at.STEP, step + 1)
         tl.store(rows_ptr + at.PLAIN_RUN, plain_run)
+
+
+def check_step(logits: Tensor, state: StepState, policy: Tensor, eos: Tensor) -> None:
+    """Refuse arguments that a verification cannot work on.
+
+    Parameters
+    ----------
+    logits, state, policy, eos
+        As in `reference.verify`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        One line that names the argument, what was expected and what came.
+    """
+    check_tensor("logits", logits, "floating", (None, None, None))
+    batch, width, vocabulary = logits.shape
+    if not 1 <= width <= at.WIDTH_MAX:
+        raise ValueError(f"logits: expected 1 to {at.WIDTH_MAX} positions, got {width}")
+    if vocabulary < 1:
+        raise ValueError("logits: expected a vocabulary of at least 1, got 0")
+    device = logits.device
+    check_tensor("state.rows", state.rows, "int32", (batch, at.ROW_WORDS), device, dense=True)
+    running = (batch, at.RUNNING_WORDS)
+    check_tensor("state.running", state.running, "float32", running, device, dense=True)
+    check_tensor("state.sequence", state.sequence, "int32", (batch, None), device)
+    check_tensor("policy", policy, "float32", (at.POLICY_WORDS,), device, dense=True)
+    check_tensor("eos", eos, "int32", (batch, None), device)

@@ -8,24 +8,35 @@ the bare launch. The kernel, with its formulas and its rules for ties, NaN and -
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
 import triton
 from torch import Tensor
 
+from . import layout as at
 from . import reference
-from .checks import check_sampling, check_state, check_tensor
-from .draft_step_kernel import PARTIAL_TOKENS, PARTIAL_VALUES, _draft_step_kernel
+from .draft_step_kernel import _draft_step_kernel
 from .layout import StepState
 from .registry import FP_FUSION, KernelSpec, Variant
-from .split import SplitConfig, SplitScratch, split_row
 
 VOCABULARY_MAX = 262_144
+LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 COUPLINGS = ("gumbel", "rejection")
+PARTIAL_WORDS = 8
 
 
-def _select_config(vocabulary: int, sm_count: int) -> SplitConfig:
+@dataclass(frozen=True)
+class Config:
+    """How a row is cut: ``splits`` programs take every ``splits``-th block of ``block`` logits."""
+
+    block: int
+    splits: int
+    num_warps: int
+
+
+def _select_config(vocabulary: int, sm_count: int) -> Config:
     """One block per program, and one program per multiprocessor, as far as that goes.
 
     A thread holds 8 logits: one 16-byte load of 2-byte logits, two of fp32. Vocabularies of more
@@ -33,11 +44,35 @@ def _select_config(vocabulary: int, sm_count: int) -> SplitConfig:
     program gets a second block. The batch has no say: a row's result must not depend on it.
     """
     warps = 4 if triton.cdiv(vocabulary, 1024) <= sm_count else 8
-    return split_row(vocabulary, 256 * warps, max_splits=sm_count, num_warps=warps)
+    blocks = triton.cdiv(vocabulary, 256 * warps)
+    splits = triton.cdiv(blocks, triton.cdiv(blocks, sm_count))
+    return Config(block=256 * warps, splits=splits, num_warps=warps)
 
 
-def _allocate_scratch(batch: int, config: SplitConfig, device: torch.device | str) -> SplitScratch:
-    return SplitScratch.allocate(batch, config, device, PARTIAL_VALUES, PARTIAL_TOKENS)
+@dataclass(frozen=True)
+class Scratch:
+    """What programs hand to each other, for one shape; launches that share it must not overlap.
+
+    Attributes
+    ----------
+    config : Config
+    partials : float32 [B, PARTIAL_WORDS, splits]
+    counters : int32 [B]
+        Programs of a row that have arrived; zero between launches.
+    """
+
+    config: Config
+    partials: Tensor
+    counters: Tensor
+
+    @classmethod
+    def allocate(cls, batch: int, config: Config, device: torch.device | str) -> Scratch:
+        """Scratch for rows of a batch of ``batch``, cut by ``config``."""
+        return cls(
+            config=config,
+            partials=torch.empty(batch, PARTIAL_WORDS, config.splits, device=device),
+            counters=torch.zeros(batch, dtype=torch.int32, device=device),
+        )
 
 
 def draft_step_out(
@@ -45,7 +80,7 @@ def draft_step_out(
     state: StepState,
     policy: Tensor,
     *,
-    scratch: SplitScratch,
+    scratch: Scratch,
     inv_temperature: Tensor | None = None,
     seeds: Tensor | None = None,
     id_map: Tensor | None = None,
@@ -59,9 +94,8 @@ def draft_step_out(
 
     Parameters
     ----------
-    scratch : SplitScratch
-        Of this batch, with PARTIAL_VALUES and PARTIAL_TOKENS, and of a config made for this
-        vocabulary.
+    scratch : Scratch
+        Of this batch, and of a config made for this vocabulary.
     logits, state, policy, inv_temperature, seeds, id_map, cutoffs, coupling
         As in `draft_step`.
     """
@@ -81,9 +115,8 @@ def draft_step_out(
         state.running,
         state.sequence,
         state.signals,
-        scratch.values,
-        scratch.tokens,
-        scratch.counter,
+        scratch.partials,
+        scratch.counters,
         logits.stride(0),
         state.sequence.stride(0),
         vocabulary,
@@ -92,7 +125,7 @@ def draft_step_out(
         HAS_CUTOFFS=sampled and cutoffs is not None,
         REJECTION=coupling == "rejection",
         SPLITS=config.splits,
-        SPLITS_PADDED=config.padded_splits,
+        SPLITS_PADDED=triton.next_power_of_2(config.splits),
         BLOCK=config.block,
         num_warps=config.num_warps,
         num_stages=1,
@@ -128,25 +161,27 @@ class DraftStep:
         cutoffs: Tensor | None = None,
         coupling: str = "gumbel",
     ) -> None:
-        check_tensor("logits", logits, "floating", (None, None))
+        _check_logits(logits)
         (batch, vocabulary), device = logits.shape, logits.device
-        if not 1 <= vocabulary <= VOCABULARY_MAX:
-            raise ValueError(
-                f"logits: expected a vocabulary of 1 to {VOCABULARY_MAX}, got {vocabulary}"
-            )
-        check_state(state, policy, batch, device)
+        _check("state.rows", state.rows, torch.int32, (batch, at.ROW_WORDS), device)
+        _check("state.running", state.running, torch.float32, (batch, at.RUNNING_WORDS), device)
+        signals = (batch, at.GAMMA_MAX, at.SIGNALS)
+        _check("state.signals", state.signals, torch.float32, signals, device)
+        _check("state.sequence", state.sequence, torch.int32, (batch, None), device)
+        _check("policy", policy, torch.float32, (at.POLICY_WORDS,), device)
         if inv_temperature is not None:
-            check_sampling(inv_temperature, seeds, batch, device)
+            _check("inv_temperature", inv_temperature, torch.float32, (batch,), device)
+            _check("seeds", seeds, torch.int64, (batch,), device)
         if id_map is not None:
-            check_tensor("id_map", id_map, "int32", (vocabulary,), device, dense=True)
+            _check("id_map", id_map, torch.int32, (vocabulary,), device)
         if cutoffs is not None:
-            check_tensor("cutoffs", cutoffs, "float32", (batch,), device, dense=True)
+            _check("cutoffs", cutoffs, torch.float32, (batch,), device)
         if coupling not in COUPLINGS:
             raise ValueError(f"coupling: expected one of {COUPLINGS}, got {coupling!r}")
         launch: Callable[..., None] = reference.draft_step
         if device.type != "cpu":
             config = _select_config(vocabulary, _sm_count(device))
-            scratch = _allocate_scratch(batch, config, device)
+            scratch = Scratch.allocate(batch, config, device)
             launch = partial(draft_step_out, scratch=scratch)
         self._launch = partial(
             launch,
@@ -221,6 +256,46 @@ def draft_step(
     )(logits)
 
 
+def _check_logits(logits: object) -> None:
+    if not isinstance(logits, Tensor) or logits.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"logits: expected fp32, fp16 or bf16 [B, V], got {_describe(logits)}")
+    if logits.dim() != 2 or not 1 <= logits.shape[1] <= VOCABULARY_MAX:
+        raise ValueError(
+            f"logits: expected [B, V] with V from 1 to {VOCABULARY_MAX}, got {_describe(logits)}"
+        )
+    if logits.shape[1] > 1 and logits.stride(1) != 1:
+        raise ValueError(f"logits: expected unit stride in V, got strides {logits.stride()}")
+
+
+def _check(
+    name: str,
+    tensor: object,
+    dtype: torch.dtype,
+    shape: tuple[int | None, ...],
+    device: torch.device,
+) -> None:
+    """Refuse another dtype, shape or device; contiguous, but for rows of a free length."""
+    wanted = f"{dtype} {list(shape)} on {device}"
+    if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected {wanted}, got {_describe(tensor)}")
+    free = None in shape
+    fits = tensor.dim() == len(shape) and all(
+        size in (None, actual) for size, actual in zip(shape, tensor.shape, strict=True)
+    )
+    dense = tensor.stride(-1) == 1 if free and fits else tensor.is_contiguous()
+    if not fits or not dense or tensor.device != device:
+        raise ValueError(
+            f"{name}: expected {wanted}, {'unit stride in the last axis' if free else 'contiguous'}"
+            f", got {_describe(tensor)}"
+        )
+
+
+def _describe(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{value.dtype} {list(value.shape)} of strides {value.stride()} on {value.device}"
+
+
 @cache
 def _sm_count(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -230,7 +305,7 @@ def _variant(
     name: str,
     dtype: str,
     *,
-    config: SplitConfig,
+    config: Config,
     sampled: bool = False,
     id_map: bool = False,
     cutoffs: bool = False,
@@ -245,9 +320,8 @@ def _variant(
         "running_ptr": "*fp32",
         "sequence_ptr": "*i32",
         "signals_ptr": "*fp32",
-        "values_ptr": "*fp32",
-        "tokens_ptr": "*i32",
-        "counter_ptr": "*i32",
+        "partials_ptr": "*fp32",
+        "counters_ptr": "*i32",
         "stride_logits_b": "i32",
         "stride_sequence_b": "i32",
         "vocabulary": "i32",
@@ -270,7 +344,7 @@ def _variant(
             "HAS_CUTOFFS": cutoffs,
             "REJECTION": rejection,
             "SPLITS": config.splits,
-            "SPLITS_PADDED": config.padded_splits,
+            "SPLITS_PADDED": triton.next_power_of_2(config.splits),
             "BLOCK": config.block,
         },
         divisible=frozenset(signature) - {*unaligned},

@@ -27,15 +27,9 @@ import triton.language as tl
 
 from . import layout as at
 from .device import _decide, _gumbel_at, _gumbel_run
-from .scan import _NO_TOKEN, _arrives_last
 
-PARTIAL_VALUES = 6
-"""What a program leaves of its part of a row: top, second, total, weighted, score, logit."""
-PARTIAL_TOKENS = 2
-"""The token of its top, and the one it drew."""
-_VALUES = tl.constexpr(PARTIAL_VALUES)
-_TOKENS = tl.constexpr(PARTIAL_TOKENS)
-_LOG2E = tl.constexpr(1.4426950408889634)
+_LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+_NO_ID: tl.constexpr = tl.constexpr(1 << 24)  # above every id, and exact in float32
 
 
 @triton.jit
@@ -66,7 +60,7 @@ def _fold(x, o_token, top, second, total, weighted, token):
 def _merge(top, second, total, weighted, token):
     """Merge lanes, or partials, into one: `_fold`'s values of them all."""
     best = tl.max(top, 0)
-    first = tl.min(tl.where(top == best, token, _NO_TOKEN), 0)
+    first = tl.min(tl.where(top == best, token, _NO_ID), 0)
     runner_up = tl.max(tl.where(token == first, second, top), 0)
     shift = _exponent(top, best)
     kept = tl.exp2(shift)
@@ -83,7 +77,7 @@ def _merge(top, second, total, weighted, token):
 def _merge_draws(score, token, logit):
     """The highest score, the lowest id among its equals, and the logit of that id."""
     best = tl.max(score, 0)
-    first = tl.min(tl.where(score == best, token, _NO_TOKEN), 0)
+    first = tl.min(tl.where(score == best, token, _NO_ID), 0)
     return best, first, tl.max(tl.where(token == first, logit, float("-inf")), 0)
 
 
@@ -100,9 +94,8 @@ def _draft_step_kernel(
     running_ptr,
     sequence_ptr,
     signals_ptr,
-    values_ptr,  # [B, PARTIAL_VALUES, SPLITS]
-    tokens_ptr,  # [B, PARTIAL_TOKENS, SPLITS]
-    counter_ptr,  # [B], zero between launches
+    partials_ptr,  # [B, PARTIAL_WORDS, SPLITS]
+    counters_ptr,  # [B], zero between launches
     # shape
     stride_logits_b,
     stride_sequence_b,
@@ -177,36 +170,37 @@ def _draft_step_kernel(
         score, drawn, logit = _merge_draws(score, drawn, logit)
 
     if SPLITS > 1:
-        values_ptr += i_row * (_VALUES * SPLITS)
-        tokens_ptr += i_row * (_TOKENS * SPLITS)
-        value_ptr = values_ptr + i_split
-        tl.store(value_ptr, top)
-        tl.store(value_ptr + SPLITS, second)
-        tl.store(value_ptr + 2 * SPLITS, total)
-        tl.store(value_ptr + 3 * SPLITS, weighted)
-        tl.store(tokens_ptr + i_split, token)
+        partials_ptr += i_row * (8 * SPLITS)
+        partial_ptr = partials_ptr + i_split
+        tl.store(partial_ptr, top)
+        tl.store(partial_ptr + SPLITS, second)
+        tl.store(partial_ptr + 2 * SPLITS, total)
+        tl.store(partial_ptr + 3 * SPLITS, weighted)
+        tl.store(partial_ptr + 4 * SPLITS, token.to(tl.float32))
         if SAMPLED:
-            tl.store(value_ptr + 4 * SPLITS, score)
-            tl.store(value_ptr + 5 * SPLITS, logit)
-            tl.store(tokens_ptr + SPLITS + i_split, drawn)
-        if _arrives_last(counter_ptr + i_row, SPLITS) == 0:
+            tl.store(partial_ptr + 5 * SPLITS, score)
+            tl.store(partial_ptr + 6 * SPLITS, drawn.to(tl.float32))
+            tl.store(partial_ptr + 7 * SPLITS, logit)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counters_ptr + i_row, 1, sem="acq_rel")
+        if arrived != SPLITS - 1:
             return
+        tl.store(counters_ptr + i_row, 0)
         o_split = tl.arange(0, SPLITS_PADDED)
         m_split = o_split < SPLITS
-        p = values_ptr + o_split
-        p_token = tokens_ptr + o_split
+        p = partials_ptr + o_split
         low = float("-inf")
         # .cg: from L2, where the other programs' stores are.
         b_top = tl.load(p, m_split, low, cache_modifier=".cg")
         b_second = tl.load(p + SPLITS, m_split, low, cache_modifier=".cg")
         b_total = tl.load(p + 2 * SPLITS, m_split, 0.0, cache_modifier=".cg")
         b_weighted = tl.load(p + 3 * SPLITS, m_split, 0.0, cache_modifier=".cg")
-        b_token = tl.load(p_token, m_split, _NO_TOKEN, cache_modifier=".cg")
+        b_token = tl.load(p + 4 * SPLITS, m_split, _NO_ID, cache_modifier=".cg").to(tl.int32)
         top, second, total, weighted, token = _merge(b_top, b_second, b_total, b_weighted, b_token)
         if SAMPLED:
-            b_score = tl.load(p + 4 * SPLITS, m_split, low, cache_modifier=".cg")
-            b_logit = tl.load(p + 5 * SPLITS, m_split, low, cache_modifier=".cg")
-            b_drawn = tl.load(p_token + SPLITS, m_split, _NO_TOKEN, cache_modifier=".cg")
+            b_score = tl.load(p + 5 * SPLITS, m_split, low, cache_modifier=".cg")
+            b_drawn = tl.load(p + 6 * SPLITS, m_split, _NO_ID, cache_modifier=".cg").to(tl.int32)
+            b_logit = tl.load(p + 7 * SPLITS, m_split, low, cache_modifier=".cg")
             score, drawn, logit = _merge_draws(b_score, b_drawn, b_logit)
 
     # NaN reaches `total`; a NaN or infinite `top` fails both comparisons.

@@ -27,12 +27,12 @@ from torch import Tensor
 
 from . import layout as at
 from . import reference
-from .checks import check_sampling, check_step, check_tensor
-from .commit import STATE_TYPES
+from .checks import check_tensor
+from .commit import STATE_TYPES, check_step
 from .layout import StepState
 from .registry import FP_FUSION, KernelSpec, Variant
 from .rejection_kernel import _verify_rejection_kernel
-from .split import SplitConfig, SplitScratch, split_row
+from .split import ChoiceScratch, SplitConfig, split_row
 
 
 def _select_config(vocabulary: int) -> SplitConfig:
@@ -48,7 +48,7 @@ def verify_rejection_out(
     state: StepState,
     policy: Tensor,
     *,
-    scratch: SplitScratch,
+    scratch: ChoiceScratch,
     eos: Tensor,
     inv_temperature: Tensor,
     seeds: Tensor,
@@ -66,8 +66,8 @@ def verify_rejection_out(
 
     Parameters
     ----------
-    scratch : SplitScratch
-        Of this B, with 2 W values and tokens, and of a config made for this vocabulary.
+    scratch : ChoiceScratch
+        Of this B and W, two channels, and of a config made for this vocabulary.
     logits, state, policy, eos, inv_temperature, seeds, cutoffs, lse, draft_logits, draft_cutoffs,
     draft_lse, draft_ids
         As in `verify_rejection`.
@@ -99,8 +99,8 @@ def verify_rejection_out(
         lse,
         draft_cutoffs,
         draft_lse,
-        scratch.values,
-        scratch.tokens,
+        scratch.score,
+        scratch.token,
         scratch.counter,
         config.blocks,
         HAS_IDS=draft_ids is not None,
@@ -147,7 +147,8 @@ class VerifyRejection:
     ) -> None:
         check_step(logits, state, policy, eos)
         (batch, width, vocabulary), device = logits.shape, logits.device
-        check_sampling(inv_temperature, seeds, batch, device)
+        check_tensor("inv_temperature", inv_temperature, "float32", (batch,), device)
+        check_tensor("seeds", seeds, "int64", (batch,), device)
         check_tensor("cutoffs", cutoffs, "float32", (batch, width), device, dense=True)
         check_tensor("lse", lse, "float32", (batch, width), device, dense=True)
         drafts = (batch, at.GAMMA_MAX)
@@ -160,7 +161,7 @@ class VerifyRejection:
         launch: Callable[..., None] = reference.verify_rejection
         if device.type != "cpu":
             config = _select_config(vocabulary)
-            scratch = SplitScratch.allocate(batch, config, device, 2 * width, 2 * width)
+            scratch = ChoiceScratch.allocate(batch, width, config, device, channels=2)
             launch = partial(verify_rejection_out, scratch=scratch)
         self._launch = partial(
             launch,

@@ -1,4 +1,4 @@
-"""Device functions of rows of logits that several programs share: token choice, and arrival.
+"""Device functions that choose a token of a row of logits which several programs share.
 
 A row is split into ranges of whole blocks, so that every block but the row's last is loaded
 unmasked, 16 bytes a thread. Each program keeps the best score and its token; the program that

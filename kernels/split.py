@@ -36,50 +36,49 @@ class SplitConfig:
         return 1 << (self.splits - 1).bit_length()
 
 
-def split_row(
-    vocabulary: int, block: int, max_splits: int = MAX_SPLITS, num_warps: int = 4
-) -> SplitConfig:
+def split_row(vocabulary: int, block: int, max_splits: int = MAX_SPLITS) -> SplitConfig:
     """Split ``vocabulary`` tokens: one block a program while that takes at most ``max_splits``.
 
-    Never a function of the batch or the width, so a row's partial results, and with them its bits,
-    do not depend on what rides along.
+    A pure function of the vocabulary: never of the batch or the width, so a row's partial results,
+    and with them its bits, do not depend on what rides along.
     """
     total = -(-vocabulary // block)
     blocks = -(-total // max_splits)
-    return SplitConfig(block, blocks, -(-total // blocks), num_warps)
+    return SplitConfig(block, blocks, -(-total // blocks), num_warps=4)
 
 
 @dataclass(frozen=True)
-class SplitScratch:
-    """Partial results of programs, for one shape; launches that share it must not overlap.
+class ChoiceScratch:
+    """Partial choices of tokens, for one shape; launches that share it must not overlap.
 
     Attributes
     ----------
     config : SplitConfig
-    values : float32 [B, values, splits]
-    tokens : int32 [B, tokens, splits]
+    score : float32 [B, W, channels, splits]
+    token : int32 [B, W, channels, splits]
     counter : int32 [B]
         Programs of a row that have arrived; zero between launches.
     """
 
     config: SplitConfig
-    values: Tensor
-    tokens: Tensor
+    score: Tensor
+    token: Tensor
     counter: Tensor
 
     @classmethod
     def allocate(
         cls,
         batch: int,
+        width: int,
         config: SplitConfig,
         device: torch.device | str,
-        values: int,
-        tokens: int,
-    ) -> SplitScratch:
-        """Scratch for ``batch`` rows, each program of which leaves so many values and tokens."""
+        channels: int = 1,
+    ) -> ChoiceScratch:
+        """Scratch for logits of ``batch`` rows of ``width`` positions, split by ``config``."""
+        shape = (batch, width, channels, config.splits)
         return cls(
             config=config,
-            values=torch.empty(batch, values, config.splits, device=device),
-            tokens=torch.empty(batch, tokens, config.splits, dtype=torch.int32, device=device),
+            score=torch.empty(shape, dtype=torch.float32, device=device),
+            token=torch.empty(shape, dtype=torch.int32, device=device),
             counter=torch.zeros(batch, dtype=torch.int32, device=device),
         )

@@ -32,12 +32,12 @@ from torch import Tensor
 
 from . import layout as at
 from . import reference
-from .checks import check_sampling, check_step, check_tensor
-from .commit import STATE_TYPES, _commit
+from .checks import check_tensor
+from .commit import STATE_TYPES, _commit, check_step
 from .layout import StepState
 from .registry import FP_FUSION, KernelSpec, Variant
 from .scan import _arrives_last, _best_of_split, _merge_splits
-from .split import SplitConfig, SplitScratch, split_row
+from .split import ChoiceScratch, SplitConfig, split_row
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def verify_out(
     state: StepState,
     policy: Tensor,
     *,
-    scratch: SplitScratch,
+    scratch: ChoiceScratch,
     eos: Tensor,
     inv_temperature: Tensor | None = None,
     seeds: Tensor | None = None,
@@ -155,8 +155,8 @@ def verify_out(
 
     Parameters
     ----------
-    scratch : SplitScratch
-        Of this B, with W values and tokens, and of a config made for this vocabulary.
+    scratch : ChoiceScratch
+        Of this B and W, one channel, and of a config made for this vocabulary.
     logits, state, policy, eos, inv_temperature, seeds, cutoffs
         As in `verify`.
     """
@@ -181,8 +181,8 @@ def verify_out(
         inv_temperature,
         seeds if sampled else None,
         cutoffs if sampled else None,
-        scratch.values,
-        scratch.tokens,
+        scratch.score,
+        scratch.token,
         scratch.counter,
         config.blocks,
         SAMPLED=sampled,
@@ -225,13 +225,14 @@ class Verify:
         check_step(logits, state, policy, eos)
         (batch, width, vocabulary), device = logits.shape, logits.device
         if inv_temperature is not None:
-            check_sampling(inv_temperature, seeds, batch, device)
+            check_tensor("inv_temperature", inv_temperature, "float32", (batch,), device)
+            check_tensor("seeds", seeds, "int64", (batch,), device)
         if cutoffs is not None:
             check_tensor("cutoffs", cutoffs, "float32", (batch, width), device, dense=True)
         launch: Callable[..., None] = reference.verify
         if device.type != "cpu":
             config = _select_config(vocabulary)
-            scratch = SplitScratch.allocate(batch, config, device, width, width)
+            scratch = ChoiceScratch.allocate(batch, width, config, device)
             launch = partial(verify_out, scratch=scratch)
         self._launch = partial(
             launch, eos=eos, inv_temperature=inv_temperature, seeds=seeds, cutoffs=cutoffs

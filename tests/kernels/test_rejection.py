@@ -21,7 +21,7 @@ from speckv.kernels.rejection import (
     verify_rejection,
     verify_rejection_out,
 )
-from speckv.kernels.split import SplitConfig, SplitScratch, split_row
+from speckv.kernels.split import ChoiceScratch, SplitConfig, split_row
 from tests.kernels.steps import (
     Guards,
     RejectionCase,
@@ -46,11 +46,11 @@ def launch(case: RejectionCase, config: SplitConfig | None = None) -> StepState:
     guards = Guards()
     batch, width, vocabulary = case.logits.shape
     config = config or _select_config(vocabulary)
-    scratch = SplitScratch.allocate(batch, config, "cpu", 2 * width, 2 * width)
+    scratch = ChoiceScratch.allocate(batch, width, config, "cpu", channels=2)
     scratch = replace(
         scratch,
-        values=guards.around(scratch.values.fill_(torch.nan)),
-        tokens=guards.around(scratch.tokens.fill_(-7)),
+        score=guards.around(scratch.score.fill_(torch.nan)),
+        token=guards.around(scratch.token.fill_(-7)),
         counter=guards.around(scratch.counter),
     )
     after = guarded(case.state, guards)
@@ -173,7 +173,7 @@ def test_rows_without_a_token(position: int, bad: float | None) -> None:
 
 def test_scratch_serves_launch_after_launch() -> None:
     case = rejection_case(3, 4, 257, torch.float32, seed=7)
-    scratch = SplitScratch.allocate(3, split_row(257, block=128), "cpu", 8, 8)
+    scratch = ChoiceScratch.allocate(3, 4, split_row(257, block=128), "cpu", channels=2)
     first, second = copy.deepcopy(case.state), copy.deepcopy(case.state)
     for after in (first, second):
         verify_rejection_out(case.logits, after, fixed_policy(4), scratch=scratch, **case.arguments)

@@ -12,7 +12,7 @@ from torch import Tensor
 from speckv.kernels import layout as at
 from speckv.kernels import reference
 from speckv.kernels.layout import StepState
-from speckv.kernels.split import SplitConfig, SplitScratch, split_row
+from speckv.kernels.split import ChoiceScratch, SplitConfig, split_row
 from speckv.kernels.verify import Verify, _select_config, verify, verify_out
 from tests.kernels.steps import (
     MODES,
@@ -42,11 +42,11 @@ def launch(
     guards = Guards()
     batch, width, vocabulary = logits.shape
     config = config or _select_config(vocabulary)
-    scratch = SplitScratch.allocate(batch, config, "cpu", width, width)
+    scratch = ChoiceScratch.allocate(batch, width, config, "cpu")
     scratch = replace(
         scratch,
-        values=guards.around(scratch.values.fill_(torch.nan)),
-        tokens=guards.around(scratch.tokens.fill_(-7)),
+        score=guards.around(scratch.score.fill_(torch.nan)),
+        token=guards.around(scratch.token.fill_(-7)),
         counter=guards.around(scratch.counter),
     )
     after = guarded(state, guards)
@@ -211,7 +211,7 @@ def test_any_number_of_eos_ids(ids: int) -> None:
 def test_scratch_serves_launch_after_launch() -> None:
     logits, state, arguments = verify_case(3, 4, 257, torch.float32, "sampled", 0.8, seed=7)
     config = split_row(257, block=128)
-    scratch = SplitScratch.allocate(3, config, "cpu", 4, 4)
+    scratch = ChoiceScratch.allocate(3, 4, config, "cpu")
     first, second = copy.deepcopy(state), copy.deepcopy(state)
     for after in (first, second):
         verify_out(logits, after, fixed_policy(4), scratch=scratch, **arguments)
