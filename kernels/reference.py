@@ -2,7 +2,8 @@
 
 Rows are handled one after the other, in Python, so that this file reads as the specification. On
 CPU tensors that costs nothing; on CUDA tensors every read of the state synchronises, so there it
-serves tests only.
+serves tests only. `cutoff` and `decide` stand in `reference_cutoff` and `reference_decision`, and
+are names of this module too.
 
 Rules
 -----
@@ -25,6 +26,9 @@ from torch import Tensor
 
 from . import layout as at
 from .layout import StepState
+from .reference_cutoff import cutoff as cutoff
+from .reference_decision import best_gamma as best_gamma
+from .reference_decision import decide as decide
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -103,152 +107,6 @@ def gumbel(
     u = uniform(word)
     series = u * (1.0 + u * (0.5 + u * (1.0 / 3.0)))
     return -torch.where(u < 2.0**-7, series, -torch.log(1.0 - u)).log_()
-
-
-def cutoff(
-    logits: Tensor,
-    inv_temperature: Tensor,
-    top_k: Tensor | None = None,
-    top_p: Tensor | None = None,
-    *,
-    rows: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The lowest kept logit and the log-sum-exp of what is kept, under Hugging Face's warpers.
-
-    Temperature first, then top-k, then top-p over the renormalised top-k. Ties at the cutoff are
-    all kept (transformers keeps them for top-k and drops an arbitrary part of them for top-p).
-
-    Parameters
-    ----------
-    logits : floating [R, V]
-    inv_temperature : float32 [R]
-        1 / temperature; 0 means greedy, for which 1 is used (the cutoff does not matter there).
-    top_k : int32 [R], optional
-        0 keeps all. None: every row does.
-    top_p : float32 [R], optional
-        In (0, 1]; 1 keeps all. None: every row does.
-    rows : int32 [B, ROW_WORDS], optional
-        `StepState.rows` of B sequences with R / B positions each, in order. Positions of sequences
-        that are done, and beyond DRAFTED, are skipped.
-
-    Returns
-    -------
-    cutoff : float32 [R]
-        Raw logit: keep ``logits >= cutoff``. ``-inf`` where nothing is dropped or the row skipped.
-    lse : float32 [R]
-        ``log(sum(exp(logits * inv_temperature)))`` over the kept tokens; NaN for a row without a
-        token, or skipped.
-    """
-    count = logits.shape[0]
-    low = torch.full((count,), -math.inf, device=logits.device)
-    lse = torch.full((count,), math.nan, device=logits.device)
-    for i in range(count):
-        if rows is not None:
-            width = count // rows.shape[0]
-            of_row = rows[i // width]
-            if of_row[at.DONE] or i % width > of_row[at.DRAFTED]:
-                continue
-        x, inv = logits[i].float(), float(inv_temperature[i]) or 1.0
-        k = 0 if top_k is None else int(top_k[i])
-        p = 1.0 if top_p is None else float(top_p[i])
-        if not math.isfinite(x.max()):
-            continue
-        kept = x
-        if 0 < k < x.numel():
-            low[i] = x.topk(k).values[-1]
-            kept = x[x >= low[i]]
-        if p < 1.0:
-            low[i] = _nucleus_cutoff(kept, inv, p)
-            kept = kept[kept >= low[i]]
-        lse[i] = torch.logsumexp(kept * inv, 0)
-    return low, lse
-
-
-def _nucleus_cutoff(x: Tensor, inv: float, p: float) -> Tensor:
-    """The lowest value of ``x`` [N] with a mass of less than ``p`` strictly above it."""
-    total = torch.logsumexp(x * inv, 0)
-    for size in (min(1024, x.numel()), x.numel()):  # the top is nearly always enough
-        values = x.topk(size).values
-        mass = (values * inv - total).exp().cumsum(0)
-        if mass[-1] >= p:
-            break
-    above = torch.searchsorted(-values, -values)
-    before = torch.where(above > 0, mass[(above - 1).clamp(min=0)], 0.0)
-    return values[before < p][-1]
-
-
-def decide(policy: Tensor, rows: list[int], running: list[float]) -> bool:
-    """Whether drafting stops now, with ``rows[DRAFTED]`` tokens drafted in this step.
-
-    The rule, in order: stop at the cap ``min(GAMMA_CAP, remaining - 1)``; fixed: never before;
-    thresholds: stop *after* the first uncertain token, which is still verified, so never at 0; MLP:
-    with g the candidate γ of the highest value, stop if ``DRAFTED >= g``. The value of γ is
-    E[tokens] (objective tokens) or E[tokens] - λ·cost(γ) (objective rate), where E[tokens(γ)] is 1
-    + the sum of P(accepted >= k) for k <= γ (survival layout), or clip(rate(γ), 0, 1)·γ + 1 (paper
-    layout); an MLP trained on another pair is held to this one's record: where EXPECTED_ACCEPTANCE
-    is positive, the predicted accepted tokens are scaled by min(ACCEPTANCE / EXPECTED_ACCEPTANCE,
-    1). At DRAFTED = 0 the features are those of the last step that drafted; where there is none, or
-    after PROBE_EVERY steps with γ=0, one token is drafted to find out.
-
-    Parameters
-    ----------
-    policy : float32 [POLICY_WORDS]
-    rows, running : lists
-        One row of `StepState.rows` and of `StepState.running`.
-    """
-    header = policy[: at.HEADER_WORDS].tolist()
-    drafted = rows[at.DRAFTED]
-    if drafted >= min(int(header[at.GAMMA_CAP]), rows[at.LIMIT] - rows[at.LENGTH] - 1):
-        return True
-    mode = int(header[at.MODE])
-    if mode == at.MODE_FIXED:
-        return False
-    if mode == at.MODE_ENTROPY:
-        return drafted > 0 and running[at.LAST_ENTROPY] > header[at.THRESHOLD]
-    if mode == at.MODE_CONFIDENCE:
-        return drafted > 0 and running[at.LAST_CONFIDENCE] < header[at.THRESHOLD]
-    if drafted == 0:
-        probe = int(header[at.PROBE_EVERY])
-        if running[at.LAST_ENTROPY] < 0 or 0 < probe <= rows[at.PLAIN_RUN]:
-            return False
-    return drafted >= best_gamma(policy, rows, running)
-
-
-def best_gamma(policy: Tensor, rows: list[int], running: list[float]) -> int:
-    """The candidate γ of the highest value (lowest γ among equals); see `decide`."""
-    header = policy[: at.HEADER_WORDS].tolist()
-    gammas = torch.arange(at.WIDTH_MAX, dtype=torch.float32)
-    features = torch.zeros(at.FEATURES)
-    features[: at.FEATURE_DRAFTED] = torch.tensor(running[: at.FEATURE_DRAFTED])
-    features[at.FEATURE_DRAFTED] = rows[at.DRAFTED]
-    features[at.FEATURE_COMPRESSION + int(header[at.COMPRESSION])] = 1.0
-    features[at.FEATURE_ACCEPTANCE] = running[at.ACCEPTANCE]
-
-    def block(start: int, *shape: int) -> Tensor:
-        return policy[start : start + math.prod(shape)].view(shape)
-
-    mean, scale = block(at.FEATURE_MEAN, at.FEATURES), block(at.FEATURE_SCALE, at.FEATURES)
-    weight = block(at.HIDDEN_WEIGHT, at.HIDDEN, at.FEATURES)
-    hidden = weight @ ((features - mean) * scale) + block(at.HIDDEN_BIAS, at.HIDDEN)
-    output = block(at.OUTPUT_WEIGHT, at.OUTPUTS, at.HIDDEN)
-    if int(header[at.MLP_LAYOUT]) == at.LAYOUT_PAPER:
-        by_gamma = hidden + torch.outer(gammas * scale[-1], weight[:, -1])  # [16, HIDDEN]
-        rate = by_gamma.relu() @ output[0] + policy[at.OUTPUT_BIAS]
-        tokens = rate.clamp(0.0, 1.0) * gammas + 1.0
-    else:
-        logit = output @ hidden.relu() + block(at.OUTPUT_BIAS, at.OUTPUTS)
-        survival = torch.sigmoid(logit)[: at.GAMMA_MAX]
-        tokens = torch.cat([torch.ones(1), survival]).cumsum(0)
-    expected = header[at.EXPECTED_ACCEPTANCE]
-    if expected > 0.0:
-        tokens = 1.0 + (tokens - 1.0) * min(running[at.ACCEPTANCE] / expected, 1.0)
-    value = tokens
-    if int(header[at.OBJECTIVE]) == at.OBJECTIVE_RATE:
-        cost = block(at.COST, at.WIDTH_MAX)
-        slope = block(at.COST_PER_TOKEN, at.WIDTH_MAX)
-        value = tokens - header[at.RATE] * (cost + slope * rows[at.LENGTH])
-    allowed = [(int(header[at.CANDIDATES]) >> g) & 1 == 1 for g in range(at.WIDTH_MAX)]
-    return int(value.masked_fill(~torch.tensor(allowed), -math.inf).argmax())
 
 
 def _best_token(x: Tensor, inv: float, low: float, noise: tuple[int, int, int, int] | None) -> int:

@@ -1,0 +1,86 @@
+"""`reference.decide` and `reference.best_gamma`: whether to draft another token, in plain torch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import layout as at
+
+__all__ = ["best_gamma", "decide"]
+
+
+def decide(policy: Tensor, rows: list[int], running: list[float]) -> bool:
+    """Whether drafting stops now, with ``rows[DRAFTED]`` tokens drafted in this step.
+
+    The rule, in order: stop at the cap ``min(GAMMA_CAP, remaining - 1)``; fixed: never before;
+    thresholds: stop *after* the first uncertain token, which is still verified, so never at 0; MLP:
+    with g the candidate γ of the highest value, stop if ``DRAFTED >= g``. The value of γ is
+    E[tokens] (objective tokens) or E[tokens] - λ·cost(γ) (objective rate), where E[tokens(γ)] is 1
+    + the sum of P(accepted >= k) for k <= γ (survival layout), or clip(rate(γ), 0, 1)·γ + 1 (paper
+    layout); an MLP trained on another pair is held to this one's record: where EXPECTED_ACCEPTANCE
+    is positive, the predicted accepted tokens are scaled by min(ACCEPTANCE / EXPECTED_ACCEPTANCE,
+    1). At DRAFTED = 0 the features are those of the last step that drafted; where there is none, or
+    after PROBE_EVERY steps with γ=0, one token is drafted to find out.
+
+    Parameters
+    ----------
+    policy : float32 [POLICY_WORDS]
+    rows, running : lists
+        One row of `StepState.rows` and of `StepState.running`.
+    """
+    header = policy[: at.HEADER_WORDS].tolist()
+    drafted = rows[at.DRAFTED]
+    if drafted >= min(int(header[at.GAMMA_CAP]), rows[at.LIMIT] - rows[at.LENGTH] - 1):
+        return True
+    mode = int(header[at.MODE])
+    if mode == at.MODE_FIXED:
+        return False
+    if mode == at.MODE_ENTROPY:
+        return drafted > 0 and running[at.LAST_ENTROPY] > header[at.THRESHOLD]
+    if mode == at.MODE_CONFIDENCE:
+        return drafted > 0 and running[at.LAST_CONFIDENCE] < header[at.THRESHOLD]
+    if drafted == 0:
+        probe = int(header[at.PROBE_EVERY])
+        if running[at.LAST_ENTROPY] < 0 or 0 < probe <= rows[at.PLAIN_RUN]:
+            return False
+    return drafted >= best_gamma(policy, rows, running)
+
+
+def best_gamma(policy: Tensor, rows: list[int], running: list[float]) -> int:
+    """The candidate γ of the highest value (lowest γ among equals); see `decide`."""
+    header = policy[: at.HEADER_WORDS].tolist()
+    gammas = torch.arange(at.WIDTH_MAX, dtype=torch.float32)
+    features = torch.zeros(at.FEATURES)
+    features[: at.FEATURE_DRAFTED] = torch.tensor(running[: at.FEATURE_DRAFTED])
+    features[at.FEATURE_DRAFTED] = rows[at.DRAFTED]
+    features[at.FEATURE_COMPRESSION + int(header[at.COMPRESSION])] = 1.0
+    features[at.FEATURE_ACCEPTANCE] = running[at.ACCEPTANCE]
+
+    def block(start: int, *shape: int) -> Tensor:
+        return policy[start : start + math.prod(shape)].view(shape)
+
+    mean, scale = block(at.FEATURE_MEAN, at.FEATURES), block(at.FEATURE_SCALE, at.FEATURES)
+    weight = block(at.HIDDEN_WEIGHT, at.HIDDEN, at.FEATURES)
+    hidden = weight @ ((features - mean) * scale) + block(at.HIDDEN_BIAS, at.HIDDEN)
+    output = block(at.OUTPUT_WEIGHT, at.OUTPUTS, at.HIDDEN)
+    if int(header[at.MLP_LAYOUT]) == at.LAYOUT_PAPER:
+        by_gamma = hidden + torch.outer(gammas * scale[-1], weight[:, -1])  # [16, HIDDEN]
+        rate = by_gamma.relu() @ output[0] + policy[at.OUTPUT_BIAS]
+        tokens = rate.clamp(0.0, 1.0) * gammas + 1.0
+    else:
+        logit = output @ hidden.relu() + block(at.OUTPUT_BIAS, at.OUTPUTS)
+        survival = torch.sigmoid(logit)[: at.GAMMA_MAX]
+        tokens = torch.cat([torch.ones(1), survival]).cumsum(0)
+    expected = header[at.EXPECTED_ACCEPTANCE]
+    if expected > 0.0:
+        tokens = 1.0 + (tokens - 1.0) * min(running[at.ACCEPTANCE] / expected, 1.0)
+    value = tokens
+    if int(header[at.OBJECTIVE]) == at.OBJECTIVE_RATE:
+        cost = block(at.COST, at.WIDTH_MAX)
+        slope = block(at.COST_PER_TOKEN, at.WIDTH_MAX)
+        value = tokens - header[at.RATE] * (cost + slope * rows[at.LENGTH])
+    allowed = [(int(header[at.CANDIDATES]) >> g) & 1 == 1 for g in range(at.WIDTH_MAX)]
+    return int(value.masked_fill(~torch.tensor(allowed), -math.inf).argmax())
