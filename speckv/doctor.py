@@ -1,4 +1,4 @@
-"""What ``speckv doctor`` looks at: versions, devices, kernels, the default model.
+"""What ``speckv doctor`` looks at: versions, devices, CPU operations, kernels, the default model.
 
 Kernels are compiled ahead of time in a child process: one that has ``TRITON_INTERPRET`` set could
 not compile them, and a compiler crash must not take the report down with it.
@@ -59,10 +59,14 @@ class Missing:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything found; ``to_dict`` is the JSON form."""
+    """Everything found; ``to_dict`` is the JSON form.
+
+    ``cpu_operations`` says where the compiled CPU operations are, or why they are not used.
+    """
 
     versions: dict[str, str | None]
     system: dict[str, Any]
+    cpu_operations: str
     devices: list[dict[str, Any]]
     kernels: list[KernelCheck]
     model: dict[str, Any]
@@ -116,6 +120,7 @@ def examine(console: Console) -> Report:
     return Report(
         versions=versions,
         system={"os": f"{platform.system()} {platform.release()}", **_cpu()},
+        cpu_operations=_cpu_operations(),
         devices=devices,
         kernels=kernels,
         model=model,
@@ -138,6 +143,7 @@ def show(console: Console, report: Report) -> None:
     fact("system", escape(report.system["os"]))
     fact("cpu", escape(f"{report.system['cpu']}, {report.system['threads']} threads"))
     fact("cpu features", ", ".join(features) or "none of those speckv profits from")
+    fact("cpu operations", escape(report.cpu_operations))
     for device in report.devices:
         fact("device", escape(device["name"]))
     cached = report.model["folder"] if report.model["cached"] else "not fetched yet"
@@ -323,6 +329,15 @@ def _cpu() -> dict[str, Any]:
         "threads": os.cpu_count() or 1,
         "features": {name: flag in flags for name, flag in _CPU_FLAGS.items()},
     }
+
+
+def _cpu_operations() -> str:
+    """Path of the compiled CPU operations, compiled now if need be, or why PyTorch's are used."""
+    try:
+        from .kernels import native
+    except Exception as error:  # without torch, which the report names elsewhere
+        return f"not used: {_one_line(error)}"
+    return native.status()
 
 
 def _devices(versions: dict[str, str | None]) -> list[dict[str, Any]]:

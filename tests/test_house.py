@@ -456,6 +456,7 @@ def test_doctor_shows_failures_and_how_to_mend_them() -> None:
     found = doctor.Report(
         versions={"speckv": "0.1.0", "gguf": None},
         system={"os": "Linux", "cpu": "A [fast] one", "threads": 2, "features": {"avx2": True}},
+        cpu_operations="not used: no C compiler [cc] found",
         devices=[{"type": "cpu", "name": "cpu"}],
         kernels=checks,
         model={"name": "m", "folder": "/c", "cached": True},
@@ -469,8 +470,17 @@ def test_doctor_shows_failures_and_how_to_mend_them() -> None:
     assert "problem k b sm_90: more than 64 registers" in shown
     assert "problem k c sm_90: does not compile: [x]" in shown
     assert "A [fast] one, 2 threads" in shown
+    assert re.search(r"cpu operations +not used: no C compiler \[cc\] found", shown)
     assert "pip install 'gguf>=0.10'" in shown
     assert "the CPU path fails" in shown
+
+
+def test_doctor_tells_why_cpu_operations_are_not_used(tmp_path: Path) -> None:
+    program = "from speckv import doctor; print(doctor._cpu_operations())"
+    off = _python(program, SPECKV_NATIVE="0", SPECKV_CACHE=str(tmp_path))
+    assert off.stdout == "not used: SPECKV_NATIVE=0\n", off.stderr
+    without_torch = _python(f"import sys; sys.modules['torch'] = None; {program}")
+    assert without_torch.stdout.startswith("not used: import of torch"), without_torch.stderr
 
 
 @pytest.mark.aot
@@ -484,6 +494,8 @@ def test_doctor_on_this_machine(tmp_path: Path) -> None:
     assert found["cpu_works"] is True
     assert found["devices"][0]["type"] == "cpu"
     assert set(found["system"]["features"]) == {"avx2", "avx512", "avx512_bf16", "amx"}
+    operations = found["cpu_operations"]
+    assert operations.startswith("not used: ") or Path(operations).is_relative_to(tmp_path)
     assert {check["arch"] for check in found["kernels"]} == {"sm_80", "sm_90", "sm_100"}
     assert [check for check in found["kernels"] if check["problem"] is not None] == []
     assert found["model"]["cached"] is False
