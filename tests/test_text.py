@@ -23,6 +23,17 @@ class SpacedWords:
         return " ".join(self.words[i] for i in token_ids)
 
 
+class Counting:
+    """Bytes, and a token 256 that decodes to nothing; counts the tokens that it decodes."""
+
+    def __init__(self) -> None:
+        self.decoded = 0
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        self.decoded += len(token_ids)
+        return bytes(i for i in token_ids if i < 256).decode("utf8", "replace")
+
+
 def feed(stream: TextStream, text: str, size: int = 1) -> list[str]:
     data = list(text.encode())
     pieces = []
@@ -80,3 +91,46 @@ def test_what_could_begin_a_stop_text_is_held_back() -> None:
     assert stream.take() == "xy!"
     stream.push(list(b"x"))
     assert stream.take() == "" and stream.take(final=True) == "x"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"),
+    [
+        (list("a€🙂é ".encode()), "a€🙂é "),
+        ([*b"word ", *[256] * 25], "word "),
+        ([0xE2, 0x82], None),
+        ([256], ""),
+    ],
+    ids=["text", "some special tokens", "never a character", "special tokens only"],
+)
+def test_the_work_is_linear_in_the_tokens(tokens: list[int], text: str | None) -> None:
+    work = []
+    for repeats in (300, 3000):
+        tokenizer = Counting()
+        stream = TextStream(tokenizer, ["no such text"])
+        pieces = []
+        for token in tokens * repeats:
+            stream.push([token])
+            pieces.append(stream.take())
+        pieces.append(stream.take(final=True))
+        assert "".join(pieces) == stream.text
+        if text is not None:
+            assert stream.text == text * repeats
+        work.append(tokenizer.decoded)
+    assert work[1] < 10.5 * work[0]
+    assert work[1] < 40 * len(tokens * 3000)
+
+
+def test_text_goes_on_after_bytes_that_are_no_characters() -> None:
+    tokens = [*b"before ", *[0xFF] * 100, *" after €".encode()]
+    stream = TextStream(Counting(), ["€"])
+    taken = sum(stream.push([token]) for token in tokens)
+    assert taken == len(tokens) and stream.stopped
+    assert stream.text == "before " + "\N{REPLACEMENT CHARACTER}" * 100 + " after "
+
+
+def test_special_tokens_within_a_character_do_not_matter() -> None:
+    first, *rest = "€".encode()
+    stream = TextStream(Counting())
+    stream.push([*b"a", first, *[256] * 8, *rest, *b"b"])
+    assert stream.take(final=True) == "a€b"
