@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from bench.environment import environment, write_json
-from bench.prompts import all_prompts
 from speckv import Engine, SamplingParams
 from speckv.models.hub import fetch
+from speckv.prompts import evaluation_prompts
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -40,7 +40,7 @@ def measure(dtype: str, pairs: int, tokens: int) -> dict[str, Any]:
     model.eval()
     model.generation_config.eos_token_id = None  # as ignore_eos: both go the whole length
     params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
-    prompts = [engine.encode(prompt, chat=True) for prompt in all_prompts()]
+    prompts = [engine.encode(prompt.text, chat=True) for prompt in evaluation_prompts(5)]
 
     def ours(prompt: list[int]) -> tuple[float, list[int]]:
         start = time.perf_counter()

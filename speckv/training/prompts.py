@@ -19,13 +19,14 @@ Evaluation prompts never come out, nor texts that contain one or are part of one
 
 from __future__ import annotations
 
+import codecs
 import json
 import random
 import re
 from collections.abc import Iterator
 from functools import cache
 from importlib import resources
-from itertools import cycle, islice
+from itertools import islice
 from pathlib import Path
 
 from ..prompts import EVALUATION, TASKS, Prompt
@@ -36,6 +37,8 @@ _SLOT = re.compile(
     r"\{(?P<form>\^|a )?(?P<name>(?P<rule>[a-z_]+)(?:#\d)?)"
     r"(?::(?P<low>\d+)\.\.(?P<high>\d+)(?::(?P<step>\d+))?)?\}"
 )
+# What is spoken with a vowel first: "an owl", "an 11-year-old", "an R script", but "a user".
+_VOWEL = re.compile(r"(?!u(?:se|ni))[aeiou]|8|1[18]\b|R\b", re.IGNORECASE)
 _TRIES = 1000  # texts of one task in a row that were all known before it counts as used up
 # Shares of texts that are asked politely, end in an extra wish, or are typed carelessly.
 _POLITE, _WISH, _CARELESS = 0.15, 0.15, 0.12
@@ -54,11 +57,12 @@ def training_prompts(count: int, *, seed: int = 0) -> list[Prompt]:
     """
     if count < 0:
         raise ValueError(f"count must be at least 0, got {count}")
-    streams = cycle([_stream(task, seed) for task in TASKS])
-    prompts = [prompt for stream in islice(streams, count) for prompt in islice(stream, 1)]
+    turns = -(-count // len(TASKS))
+    tasks = [list(islice(_stream(task, seed), turns)) for task in TASKS]
+    prompts = [prompt for turn in zip(*tasks, strict=False) for prompt in turn]
     if len(prompts) < count:
-        raise ValueError(f"count must be at most about {len(prompts)}, got {count}")
-    return prompts
+        raise ValueError(f"count must be at most {len(prompts)} with seed {seed}, got {count}")
+    return prompts[:count]
 
 
 def _stream(task: str, seed: int) -> Iterator[Prompt]:
@@ -121,7 +125,7 @@ class _Expansion:
         if slot["form"] == "^":
             return text[:1].upper() + text[1:]
         if slot["form"] == "a ":
-            return f"an {text}" if text[:1].lower() in "aeiou" else f"a {text}"
+            return f"an {text}" if _VOWEL.match(text) else f"a {text}"
         return text
 
 
@@ -177,13 +181,17 @@ def load_prompts(path: Path | str) -> list[Prompt]:
         The file cannot be read.
     """
     path = Path(path)
-    if path.suffix not in (".txt", ".jsonl"):
+    kind = path.suffix.lower()
+    if kind not in (".txt", ".jsonl"):
         raise ValueError(f"prompts must be a .txt or .jsonl file, got {path.name}")
+    data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+        # Not splitlines(): a JSON string may hold what it takes for the end of a line.
+        lines = data.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name}: expected UTF-8 text ({error.reason})") from None
-    parse = _parse_json if path.suffix == ".jsonl" else _parse_text
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path.name}, line {line}: expected UTF-8 text") from None
+    parse = _parse_json if kind == ".jsonl" else _parse_text
     prompts = [
         parse(line.strip(), f"{path.name}, line {number}")
         for number, line in enumerate(lines, start=1)
@@ -201,13 +209,18 @@ def _parse_text(line: str, where: str) -> Prompt:
 def _parse_json(line: str, where: str) -> Prompt:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{where}: expected a JSON object") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
-    text, task = row.get("prompt"), row.get("task", "user")
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f'{where}: expected "prompt" to be a text that is not empty')
-    if not isinstance(task, str) or not task.strip():
-        raise ValueError(f'{where}: expected "task" to be a text that is not empty')
-    return Prompt(task, text)
+    return Prompt(
+        _text(row.get("task", "user"), "task", where), _text(row.get("prompt"), "prompt", where)
+    )
+
+
+def _text(value: object, name: str, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f'{where}: expected "{name}" to be a text that is not empty')
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f'{where}: expected "{name}" to be Unicode, got half a surrogate pair')
+    return value
