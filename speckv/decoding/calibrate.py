@@ -22,6 +22,7 @@ from ..models.hub import cache_root
 from ..models.progress import SlowProgress
 from ..policies import CostTable, parse_policy
 from .eager import operations
+from .prepared import prepared
 
 _VERSION = 2
 _WIDTHS = (1, 2, 3, 5, 9, 16)
@@ -77,7 +78,7 @@ def measure(target: CausalModel, draft: CausalModel) -> CostTable:
 
 def _operation_ms(target: CausalModel, draft: CausalModel) -> tuple[float, float]:
     """Milliseconds of `draft_step` and of `verify` on one greedy row."""
-    device, operations_of = target.device, operations(target.device)
+    device, operations_of = target.device, prepared(operations(target.device))
     state = StepState.allocate(1, 64, device)
     policy = parse_policy("paper").pack().to(device)
     eos = torch.full((1, 1), -1, dtype=torch.int32, device=device)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from ..kernels import reference
 from ..kernels.layout import StepState
 from ..models.base import CausalModel
 from ..models.cache import KVCache
+from .prepared import prepared
 from .requests import RequestBatch
 
 
@@ -56,13 +57,27 @@ class StepRecord:
 class _Run:
     """One call of `EagerLoop.run`.
 
-    draft_length: per row, the committed tokens that the draft's cache holds.
+    draft_length: per row, the committed tokens that the draft's cache holds. operations: see
+    `operations`. columns: what `cutoff_columns` has made.
     """
 
     requests: RequestBatch
     state: StepState
     policy: Tensor
     draft_length: list[int]
+    operations: Any
+    columns: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def cutoff_columns(self, width: int) -> list[Tensor]:
+        """Parameters of `cutoff` [B * width], the same tensors each time: they are prepared for."""
+        if width not in self.columns:
+            requests = self.requests
+            columns = [requests.inv_temperature]
+            if requests.truncated:
+                columns += [requests.top_k, requests.top_p]
+            each = [column.repeat_interleave(width) for column in columns if column is not None]
+            self.columns[width] = each
+        return self.columns[width]
 
 
 @dataclass
@@ -136,7 +151,8 @@ class EagerLoop:
             A row of logits held NaN or +inf, or nothing but -inf.
         """
         policy = policy.to(self.target.device)
-        run = _Run(requests, self._begin(requests), policy, [0] * requests.size)
+        state = self._begin(requests)
+        run = _Run(requests, state, policy, [0] * requests.size, prepared(self._ops))
         yield self._prefill(run)
         while not all(row[at.DONE] for row in read_rows(run.state)):
             self._draft(run)
@@ -238,7 +254,7 @@ class EagerLoop:
             if requests.rejection:
                 index = [rows[b][at.DRAFTED] for b in slots]
                 self._drafts.store(slots, index, logits, cutoffs, lse)
-        self._ops.draft_step(
+        run.operations.draft_step(
             logits,
             run.state,
             run.policy,
@@ -276,7 +292,7 @@ class EagerLoop:
             flat = self._cutoff(run, logits.flatten(0, 1), width)
             cutoffs, lse = (t.view(batch, width) for t in flat)
         if not requests.rejection:
-            self._ops.verify(
+            run.operations.verify(
                 logits,
                 run.state,
                 run.policy,
@@ -287,7 +303,7 @@ class EagerLoop:
             )
             return
         drafts = self._drafts.narrow(batch)
-        self._ops.verify_rejection(
+        run.operations.verify_rejection(
             logits,
             run.state,
             run.policy,
@@ -304,12 +320,8 @@ class EagerLoop:
 
     def _cutoff(self, run: _Run, logits: Tensor, width: int = 1) -> tuple[Tensor, Tensor]:
         """Cutoffs and log-sum-exps [B * width] of logits [B * width, V]."""
-        requests = run.requests
-        columns = [requests.inv_temperature]
-        if requests.truncated:
-            columns += [requests.top_k, requests.top_p]
-        each = [column.repeat_interleave(width) for column in columns if column is not None]
-        cutoffs, lse = self._ops.cutoff(logits, *each, rows=run.state.rows)
+        columns = run.cutoff_columns(width)
+        cutoffs, lse = run.operations.cutoff(logits, *columns, rows=run.state.rows)
         return cutoffs, lse
 
     @property
@@ -356,7 +368,10 @@ class _DraftRows:
 
 
 def operations(device: torch.device) -> Any:
-    """Where `draft_step`, `verify` and `cutoff` come from: kernels on CUDA, else the reference."""
+    """Where `draft_step`, `verify` and `cutoff` come from: kernels on CUDA, else the reference.
+
+    A loop uses them through `prepared`, which validates the kernels' arguments once a run.
+    """
     if device.type != "cuda":
         return reference
     from .. import kernels
