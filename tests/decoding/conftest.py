@@ -1,73 +1,108 @@
-"""A tiny random target and drafts that it accepts nearly never, half of the time, and always."""
+"""A tiny random target, drafts of known acceptance, and the comparison with plain decoding.
+
+Tests choose another family of models than ``llama`` by a parameter ``family``.
+"""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
-import torch
 
 from speckv.models.base import CausalModel
-from speckv.models.loading import wrap_model
-
-VOCAB = 199
-PERTURBATION = 0.04
-"""Standard deviation of the perturbed draft's weights around the target's, over theirs."""
+from tests.decoding.grid import ACCEPTANCE, EOS, PROMPTS, SAMPLINGS, params
+from tests.decoding.loops import acceptance, decode, plain
+from tests.decoding.tiny import transformer, wrapped
 
 
-def build(seed: int) -> Any:
-    """A two-layer llama, sharp enough that a random draft seldom agrees with it."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.6,
-        bos_token_id=1,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
+@pytest.fixture
+def family() -> str:
+    return "llama"
 
 
-def perturbed(model: Any, scale: float) -> Any:
-    """A copy with noise on every weight, in units of that weight's standard deviation."""
-    result = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for weight in result.parameters():
-            noise = torch.randn(weight.shape, generator=generator)
-            weight += scale * weight.std(correction=0) * noise
-    return result
-
-
-@pytest.fixture(scope="session")
-def tiny() -> Any:
+@pytest.fixture
+def tiny(family: str) -> Any:
     """The target as transformers has it, fp32."""
-    return build(seed=0)
+    return transformer(family)
 
 
-@pytest.fixture(scope="session")
-def target(tiny: Any) -> Callable[[str], CausalModel]:
+@pytest.fixture
+def target(family: str) -> Callable[[str], CausalModel]:
     """The target by compression."""
-    return cache(lambda compression: wrap_model(tiny, compression=compression, device="cpu"))
+    return partial(wrapped, family, "target")
 
 
-@pytest.fixture(scope="session")
-def draft(tiny: Any, target: Callable[[str], CausalModel]) -> Callable[[str, str], CausalModel]:
-    """The draft by kind, ``random``, ``perturbed`` or ``target``, and the target's compression."""
+@pytest.fixture
+def draft(family: str) -> Callable[[str, str], CausalModel]:
+    """The draft by kind and the target's compression.
 
-    @cache
-    def other(kind: str) -> CausalModel:
-        model = build(seed=1) if kind == "random" else perturbed(tiny, PERTURBATION)
-        return wrap_model(model, compression="fp32", device="cpu")
+    The kinds are ``target`` (the target itself), and in fp32 ``perturbed`` and ``random``; or
+    ``FAMILY:KIND``, one of another family.
+    """
 
-    return lambda kind, compression: target(compression) if kind == "target" else other(kind)
+    def get(kind: str, compression: str) -> CausalModel:
+        if kind == "target":
+            return wrapped(family, "target", compression)
+        other, _, kind = kind.rpartition(":")
+        return wrapped(other or family, kind, "fp32")
+
+    return get
+
+
+@cache
+def _plain(family: str, compression: str, sampling: str) -> list[list[int]]:
+    return plain(wrapped(family, "target", compression), PROMPTS, params(sampling), eos=EOS)
+
+
+@pytest.fixture
+def expected(family: str) -> Callable[[str, str], list[list[int]]]:
+    """Plain decoding by compression and sampling."""
+    return partial(_plain, family)
+
+
+@pytest.fixture
+def check(
+    family: str,
+    target: Callable[[str], CausalModel],
+    draft: Callable[[str, str], CausalModel],
+    expected: Callable[[str, str], list[list[int]]],
+    lossless: Callable[..., None],
+) -> Callable[..., None]:
+    """Decode every sampling, all rows at once and the first ones alone, and compare."""
+
+    def run(
+        compression: str, policy: str, kind: str, accepted: tuple[float, float] | None = None
+    ) -> None:
+        pair = target(compression), draft(kind, compression)
+        low, high = accepted or ACCEPTANCE[kind]
+        for sampling in SAMPLINGS:
+            whole = params(sampling)
+            tokens = expected(compression, sampling)
+            together = decode(*pair, policy, PROMPTS, whole, eos=EOS)
+            alone = [
+                decode(*pair, policy, [PROMPTS[i]], [whole[i]], eos=EOS, first_request=i)[0]
+                for i in (0, 2)
+            ]
+            for batch, rows, wanted in (
+                ("4", together, tokens),
+                ("1", alone, [tokens[0], tokens[2]]),
+            ):
+                lossless(
+                    policy=policy,
+                    compression=compression,
+                    draft=kind,
+                    sampling=sampling,
+                    batch=batch,
+                    model=f"tiny {family}",
+                    sequences=len(rows),
+                    tokens=sum(map(len, wanted)),
+                )
+                assert [row.tokens for row in rows] == wanted
+            for row, one in zip((together[0], together[2]), alone, strict=True):
+                assert row.done == one.done
+            if policy != "speckv":  # which drafts where it is sure of itself, if at all
+                assert low <= acceptance(together) <= high
+
+    return run

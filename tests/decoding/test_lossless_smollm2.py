@@ -19,8 +19,8 @@ from speckv.models.llama import LlamaDecoder
 from speckv.models.loading import load_model, wrap_model
 from speckv.models.pairing import eos_token_ids
 from speckv.sampling import SamplingParams
-from tests.decoding.conftest import perturbed
 from tests.decoding.loops import Decoded, acceptance, decode, hugging_face, plain
+from tests.decoding.tiny import perturbed
 
 pytestmark = pytest.mark.model
 
