@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -56,13 +57,19 @@ def count_runs(rows: Iterable[Decoded], *wanted: str) -> int:
     return sum(tuple(row[i : i + len(wanted)]) == wanted for row in kinds for i in range(len(row)))
 
 
+@cache
+def plain_rows(model: CausalModel, params: SamplingParams) -> list[list[int]]:
+    """Plain decoding of every prompt; the scripts share it."""
+    return plain(model, PROMPTS, [params] * 4)
+
+
 def assert_always_right(model: CausalModel, params: SamplingParams, script: Sequence[int]) -> None:
     """As its own draft, the model is accepted whole, whatever γ it drafted before."""
     with scripted(script):
         rows = decode(model, model, "fixed:15", PROMPTS, [params] * 4)
         alone = decode(model, model, "fixed:15", [PROMPTS[3]], [params], first_request=3)
     assert all(accepted == gamma for row in [*rows, *alone] for gamma, accepted in row.steps)
-    assert [row.tokens for row in rows] == plain(model, PROMPTS, [params] * 4)
+    assert [row.tokens for row in rows] == plain_rows(model, params)
     assert alone[0] == rows[3]
     for row in [*rows, *alone]:
         gammas = {gamma for gamma, _ in row.steps}
@@ -97,11 +104,11 @@ def test_so_is_the_same_model_where_one_side_is_in_the_adapter(
     target: Models, draft: Drafts, kind: str
 ) -> None:
     """The same weights; their logits differ by rounding, which greedy tokens here survive."""
-    model, short = target("fp32"), [replace(GREEDY, max_new_tokens=70)] * 4
+    model, short = target("fp32"), replace(GREEDY, max_new_tokens=70)
     with scripted(SCRIPTS["full-then-plain"]):
-        rows = decode(model, draft(kind, "fp32"), "fixed:15", PROMPTS, short)
+        rows = decode(model, draft(kind, "fp32"), "fixed:15", PROMPTS, [short] * 4)
     assert all(accepted == gamma for row in rows for gamma, accepted in row.steps)
-    assert [row.tokens for row in rows] == plain(model, PROMPTS, short)
+    assert [row.tokens for row in rows] == plain_rows(model, short)
     assert count_runs(rows, FULL, NONE, FULL) > 4
 
 
@@ -111,19 +118,19 @@ def test_so_is_the_same_model_where_one_side_is_in_the_adapter(
 def test_lossless_through_plain_runs(
     target: Models, draft: Drafts, kind: str, params: SamplingParams, script: list[int]
 ) -> None:
-    model, short = target("fp32"), [replace(params, max_new_tokens=70)] * 4
+    model, short = target("fp32"), replace(params, max_new_tokens=70)
     with scripted(script):
-        rows = decode(model, draft(kind, "fp32"), "fixed:15", PROMPTS, short)
-    assert [row.tokens for row in rows] == plain(model, PROMPTS, short)
+        rows = decode(model, draft(kind, "fp32"), "fixed:15", PROMPTS, [short] * 4)
+    assert [row.tokens for row in rows] == plain_rows(model, short)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral-window", "gpt2"])
 def test_full_acceptance_then_plain_then_drafting_again(target: Models, draft: Drafts) -> None:
     """The transitions that the scripts are for do occur, with a draft that is sometimes wrong."""
-    model, params = target("fp32"), [replace(GREEDY, max_new_tokens=100)] * 4
+    model, params = target("fp32"), replace(GREEDY, max_new_tokens=100)
     with scripted([2, 0, 1, 0, 0, 4]):
-        rows = decode(model, draft("perturbed", "fp32"), "fixed:15", PROMPTS, params)
-    assert [row.tokens for row in rows] == plain(model, PROMPTS, params)
+        rows = decode(model, draft("perturbed", "fp32"), "fixed:15", PROMPTS, [params] * 4)
+    assert [row.tokens for row in rows] == plain_rows(model, params)
     assert count_runs(rows, FULL, NONE) > 5 and count_runs(rows, PARTIAL, NONE) > 5
     assert count_runs(rows, NONE, FULL) > 5 and count_runs(rows, FULL, NONE, FULL) > 0
 
