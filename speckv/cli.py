@@ -11,6 +11,7 @@ import contextlib
 import json as json_module
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -187,6 +188,88 @@ def chat(
     engine = load_engine(model)
     _introduce(console, engine, params)
     Conversation(engine, params, system, console).run()
+
+
+@app.command()
+def distill(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the draft.")],
+    target: opt.Target = None,
+    prompts: Annotated[
+        str,
+        typer.Option(
+            metavar="N|FILE",
+            help="So many built-in training prompts, or a .txt or .jsonl file of prompts.",
+        ),
+    ] = "20480",
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Longest response to train on.")
+    ] = 256,
+    epochs: Annotated[float, typer.Option(help="Passes over the corpus.")] = 3.0,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="I,J",
+            help="Begin as these layers of the target; repeat to try several."
+            " [default: tries 1, 2 and 4 layers]",
+        ),
+    ] = None,
+    head: Annotated[
+        list[int] | None,
+        typer.Option(
+            metavar="V",
+            help="Tokens that the draft can propose; repeat to try several."
+            " [default: tries 4096, 8192 and 16384]",
+        ),
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="The highest one.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Of prompts, draws and the order of training.")] = 0,
+    compression: opt.Compression = None,
+    device: opt.Device = None,
+    corpus_only: Annotated[
+        bool,
+        typer.Option(
+            "--corpus-only", help="Write the training text and stop; several processes share it."
+        ),
+    ] = False,
+) -> None:
+    """Make a draft for a target.
+
+    The target writes its own training text; the draft's depth and head are those with the most
+    predicted tokens per second on this machine. Interrupted, the same command goes on where it
+    stopped.
+    """
+    from ._cli_distill import DistillOptions, run_distill
+    from ._cli_output import stderr_console
+
+    console = stderr_console()
+    manifest = run_distill(
+        DistillOptions(
+            target,
+            out,
+            prompts,
+            max_new_tokens,
+            epochs,
+            layers or [],
+            head or [],
+            learning_rate,
+            seed,
+            compression,
+            device,
+            corpus_only,
+        ),
+        console,
+    )
+    if manifest is None:
+        console.print("the training text is complete", markup=False)
+        return
+    held_out = manifest.card["held_out"]
+    shares = ", ".join(f"γ={g} {a:.1%}" for g, a in held_out["acceptance"].items())
+    predicted = held_out["predicted"]
+    console.print(
+        f"{out}: {len(manifest.layers)} layers, head {manifest.vocab_size:,}; accepted {shares}; "
+        f"predicted {predicted['speedup']:.2f}x at γ={predicted['gamma']}",
+        markup=False,
+    )
 
 
 @app.command()

@@ -37,6 +37,11 @@ class LlamaDecoder:
         Hub id or path, as shown to people.
     compression : str
         Weight format of ``weights``.
+
+    Attributes
+    ----------
+    fingerprint : str
+        Digest of the checkpoint, whatever the compression.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class LlamaDecoder:
         self.embedding_size = weights.embedding.shape[0]
         self.max_positions = config.max_positions
         self.eos_ids = config.eos_ids
+        self.fingerprint = weights.fingerprint
         self.dtype = weights.embedding.dtype
         self.device = weights.embedding.device
         self._weights = weights
@@ -102,6 +108,51 @@ class LlamaDecoder:
             name=f"{self.name} (first {count} layers)",
             compression=self.compression,
         )
+
+    def slice_draft(
+        self, source: TensorSource, layers: Sequence[int], vocab_size: int, *, name: str
+    ) -> LlamaDecoder:
+        """A draft with layers, norm and head of its own, and this model's embedding, shared.
+
+        Parameters
+        ----------
+        source : TensorSource
+            ``model.layers.0`` and so on, ``model.norm`` and ``lm_head``.
+        layers : sequence of int
+            Layers of this model whose attention windows the draft's layers take over.
+        vocab_size : int
+            Rows of the head.
+        name : str
+            As shown to people.
+
+        Raises
+        ------
+        ValueError
+            If a layer is not one of this model.
+        ModelError
+            If a tensor is missing or has another shape.
+        """
+        count = self.config.layers
+        if not layers or min(layers) < 0 or max(layers) >= count:
+            raise ValueError(f"layers: expected some of 0 to {count - 1}, got {list(layers)}")
+        config = replace(
+            self.config,
+            windows=tuple(self.config.windows[layer] for layer in layers),
+            vocab_size=vocab_size,
+            tied=False,
+        )
+        formats = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+        compression = formats[self.dtype]
+        weights = build_weights(
+            config,
+            source,
+            compression=compression,
+            dtype=self.dtype,
+            device=self.device,
+            invariant=self._on_host,
+            embedding=self._weights.embedding,
+        )
+        return LlamaDecoder(config, weights, name=name, compression=compression)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """A zero-filled cache of ``batch`` slots for sequences of up to ``capacity`` tokens."""

@@ -20,11 +20,12 @@ from speckv.models.gguf import load_gguf
 from speckv.models.llama import LlamaDecoder
 from speckv.models.progress import SlowProgress, without_transformers_bars
 from speckv.models.quantize import resolve_formats
+from speckv.models.weights import TensorSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["default_device", "load_model", "wrap_model"]
+__all__ = ["default_device", "load_model", "open_checkpoint", "wrap_model"]
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -80,16 +81,35 @@ def load_model(
     formats = _formats(compression, dtype, place)
     name = hub.DEFAULT_TARGET if source is None else str(source)
     if name.lower().endswith(".gguf"):
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise ModelError(f"no such file: {name}")
-        with SlowProgress(f"Reading {path.name}", enabled=progress):
-            model, tokenizer = load_gguf(path)
+        model, tokenizer = _read_gguf(name, progress)
         return _wrap(model, name, formats, place, progress, owned=True), tokenizer
     folder, shown = _locate(name, progress)
     with _readable(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder)
     return _load_folder(folder, shown, formats, place, progress), tokenizer
+
+
+def open_checkpoint(
+    source: str | Path | None = None, *, progress: bool = True
+) -> tuple[Any, TensorSource]:
+    """The transformers configuration and the tensors of a Llama-family checkpoint.
+
+    Parameters and errors are those of :func:`load_model`; tensors are read one at a time, in the
+    types that the checkpoint has.
+    """
+    name = hub.DEFAULT_TARGET if source is None else str(source)
+    config: Any
+    tensors: TensorSource
+    if name.lower().endswith(".gguf"):
+        model, _ = _read_gguf(name, progress)
+        config, tensors = model.config, model.state_dict()
+    else:
+        folder, _ = _locate(name, progress)
+        config = _folder_config(folder, name)
+        with _readable(folder):
+            tensors = _SafetensorsFolder(folder)
+    DecoderConfig.from_transformers(config)
+    return config, tensors
 
 
 def wrap_model(
@@ -219,6 +239,28 @@ def _load_folder(
     device: torch.device,
     progress: bool,
 ) -> CausalModel:
+    config = _folder_config(folder, name)
+    if config.model_type in LLAMA_FAMILY and list(folder.glob("*.safetensors")):
+        with _readable(folder):
+            source = _SafetensorsFolder(folder)
+            return _decoder(config, source, name, formats, device, progress)
+    from transformers import AutoModelForCausalLM
+
+    reading = SlowProgress(f"Reading {name}", enabled=progress)
+    with _readable(folder), reading, without_transformers_bars():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return _wrap(model, name, formats, device, progress, owned=True)
+
+
+def _read_gguf(name: str, progress: bool) -> tuple[Any, Any]:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ModelError(f"no such file: {name}")
+    with SlowProgress(f"Reading {path.name}", enabled=progress):
+        return load_gguf(path)
+
+
+def _folder_config(folder: Path, name: str) -> Any:
     from transformers import AutoConfig
 
     with _readable(folder):
@@ -235,16 +277,7 @@ def _load_folder(
             f"{name} is already quantised; load the original checkpoint and choose "
             "compression int8 or nf4 instead"
         )
-    if config.model_type in LLAMA_FAMILY and list(folder.glob("*.safetensors")):
-        with _readable(folder):
-            source = _SafetensorsFolder(folder)
-            return _decoder(config, source, name, formats, device, progress)
-    from transformers import AutoModelForCausalLM
-
-    reading = SlowProgress(f"Reading {name}", enabled=progress)
-    with _readable(folder), reading, without_transformers_bars():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return _wrap(model, name, formats, device, progress, owned=True)
+    return config
 
 
 def _decoder(

@@ -1,8 +1,9 @@
-"""A draft for a target: the target's own first layers, or a model that shares its vocabulary."""
+"""A draft for a target: one distilled from it, its own first layers, or a smaller model."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -10,11 +11,12 @@ from torch import Tensor
 from .base import CausalModel
 from .llama import LlamaDecoder
 from .loading import load_model
+from .slice_draft import MANIFEST, load_slice_draft, shipped_draft
 from .tokenizers import check_compatible
 
-DEFAULT_DRAFT_LAYERS = 4
-"""Layers of the default draft. Few, because an untrained early exit agrees with its target about
-as seldom with more of them, and costs in proportion."""
+UNTRAINED_LAYERS = 4
+"""Layers of the draft of a target that none was distilled for. Few, because an untrained early exit
+agrees with its target about as seldom with more of them, and costs in proportion."""
 
 
 def load_draft(
@@ -30,9 +32,10 @@ def load_draft(
     Parameters
     ----------
     draft : str, optional
-        ``first:N``: the target's first N layers, final norm and head, sharing its weights.
-        ``none``: no draft. Else as for `load_model`. By default ``first:4`` where the target can do
-        that.
+        A folder that ``speckv distill`` made for this target. ``first:N``: the target's first N
+        layers, final norm and head, sharing its weights. ``none``: no draft. Else as for
+        `load_model`. By default the draft that comes with the package for this target, or
+        ``first:4`` where the target can do that.
     id_map : int32 [V_draft], optional
         Target id of each draft id, for a draft that is loaded.
 
@@ -44,9 +47,7 @@ def load_draft(
         The model cannot be had.
     """
     if draft is None:
-        draft = "none"
-        if isinstance(target, LlamaDecoder) and target.config.layers > DEFAULT_DRAFT_LAYERS:
-            draft = f"first:{DEFAULT_DRAFT_LAYERS}"
+        draft = _default_draft(target)
     if draft == "none":
         return None, None
     match = re.fullmatch(r"first:(\d+)", draft)
@@ -54,11 +55,27 @@ def load_draft(
         if not isinstance(target, LlamaDecoder):
             raise ValueError(f"draft {draft!r}: {target.name} is not of the Llama family")
         return target.first_layers(int(match[1])), None
+    folder = Path(draft).expanduser()
+    if (folder / MANIFEST).is_file():
+        if not isinstance(target, LlamaDecoder):
+            raise ValueError(f"draft {draft!r}: {target.name} is not of the Llama family")
+        if id_map is not None:
+            raise ValueError("id_map: expected none for a distilled draft, which has its own")
+        return load_slice_draft(folder, target)
     model, draft_tokenizer = load_model(
         draft, dtype=target.dtype, device=target.device, progress=progress
     )
     vocabularies = target.vocab_size, model.vocab_size
     return model, check_compatible(tokenizer, draft_tokenizer, *vocabularies, id_map)
+
+
+def _default_draft(target: CausalModel) -> str:
+    if not isinstance(target, LlamaDecoder):
+        return "none"
+    shipped = shipped_draft(target)
+    if shipped is not None:
+        return str(shipped)
+    return f"first:{UNTRAINED_LAYERS}" if target.config.layers > UNTRAINED_LAYERS else "none"
 
 
 def eos_token_ids(target: CausalModel, tokenizer: Any) -> list[int]:

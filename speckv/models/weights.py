@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -16,6 +17,8 @@ from speckv.models.config import DecoderConfig
 from speckv.models.quantize import Int8Weight, Nf4Weight, compress, fuse
 
 __all__ = ["DecoderLayer", "DecoderWeights", "RowOperation", "TensorSource", "build_weights"]
+
+_SAMPLE = 4096
 
 RowOperation = Callable[..., Tensor]
 """Maps tensors [rows, ...] to a tensor [rows, ...], row by row."""
@@ -63,12 +66,17 @@ class DecoderLayer:
 
 @dataclass
 class DecoderWeights:
-    """Embedding [vocab, hidden], decoder blocks, final norm and head."""
+    """Embedding [vocab, hidden], decoder blocks, final norm and head.
+
+    ``fingerprint`` tells one checkpoint from another, whatever the compression: it hashes a sample
+    of every tensor.
+    """
 
     embedding: Tensor
     layers: list[DecoderLayer]
     norm: RowOperation
     head: RowOperation
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,7 @@ class _Builder:
     dtype: torch.dtype
     device: torch.device
     invariant: bool
+    samples: dict[str, str] = field(default_factory=dict)
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         if name not in self.source:
@@ -105,6 +114,7 @@ class _Builder:
             raise ModelError(
                 f"the checkpoint's tensor {name!r} has shape {tuple(found.shape)}, expected {shape}"
             )
+        self.samples[name] = _sample_digest(found)
         return found.to(self.device)
 
     def linear(
@@ -223,6 +233,11 @@ class _Builder:
             window=c.windows[index],
         )
 
+    def fingerprint(self) -> str:
+        """Digest of everything that was read so far, in whatever order."""
+        text = "".join(f"{name} {digest}\n" for name, digest in sorted(self.samples.items()))
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def head(self, embedding: Tensor) -> RowOperation:
         c = self.config
         weight = embedding
@@ -231,6 +246,13 @@ class _Builder:
         if self.invariant:
             return cpu.CpuLinear(weight)
         return partial(functional.linear, weight=weight)
+
+
+def _sample_digest(tensor: Tensor) -> str:
+    """Digest of up to ``2 * _SAMPLE`` evenly spaced elements, as fp32."""
+    flat = tensor.detach().reshape(-1)
+    sample = flat[:: max(1, flat.numel() // _SAMPLE)].float().cpu()
+    return hashlib.sha256(sample.numpy().tobytes()).hexdigest()
 
 
 def _norm_and_rope(
@@ -248,6 +270,7 @@ def build_weights(
     dtype: torch.dtype,
     device: torch.device,
     invariant: bool | None = None,
+    embedding: Tensor | None = None,
     advance: Callable[[], None] | None = None,
 ) -> DecoderWeights:
     """Fuse, compress and place the weights of a checkpoint, layer by layer.
@@ -265,6 +288,8 @@ def build_weights(
     invariant : bool, optional
         Whether the operations are the width-invariant ones of the CPU; by default they are on the
         CPU. Otherwise they are plain torch, and packed weights stay packed.
+    embedding : Tensor [ids, hidden], optional
+        Another model's embedding to share, of type ``dtype``; ``source`` then needs none.
     advance : callable, optional
         Called once a layer, and once for the head.
 
@@ -276,14 +301,16 @@ def build_weights(
     if invariant is None:
         invariant = device.type == "cpu"
     build = _Builder(config, source, compression, dtype, device, invariant)
-    embedding = build.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden)
-    embedding = embedding.to(dtype)
+    if embedding is None:
+        embedding = build.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden)
+        embedding = embedding.to(dtype)
     layers = []
     for index in range(config.layers):
         layers.append(build.layer(index))
         if advance is not None:
             advance()
-    weights = DecoderWeights(embedding, layers, build.norm("model.norm"), build.head(embedding))
+    norm, head = build.norm("model.norm"), build.head(embedding)
+    weights = DecoderWeights(embedding, layers, norm, head, build.fingerprint())
     if advance is not None:
         advance()
     return weights

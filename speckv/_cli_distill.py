@@ -1,0 +1,144 @@
+"""``speckv distill``: settings from the command line, and progress on stderr."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from .models.slice_draft import SliceManifest
+    from .prompts import Prompt
+
+_MOST_PROMPTS = 100_000
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """What the command line says; see the command for each option."""
+
+    target: str | None
+    out: Path
+    prompts: str
+    max_new_tokens: int
+    epochs: float
+    layers: list[str]
+    heads: list[int]
+    learning_rate: float
+    seed: int
+    compression: str | None
+    device: str | None
+    corpus_only: bool
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Layer numbers from ``0,1,29``.
+
+    Raises
+    ------
+    ValueError
+        Something else, or numbers that do not rise.
+    """
+    try:
+        layers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        layers = ()
+    if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
+        raise ValueError(f"--layers: expected rising numbers such as 0,1,29, got {text!r}")
+    return layers
+
+
+def read_prompts(text: str, seed: int) -> list[Prompt]:
+    """``text`` built-in prompts, or those of the file it names.
+
+    Raises
+    ------
+    ValueError
+        It is neither a number in range nor a readable file of prompts.
+    """
+    from .training.prompts import load_prompts, training_prompts
+
+    if text.isdecimal():
+        count = int(text)
+        if not 1 <= count <= _MOST_PROMPTS:
+            raise ValueError(f"--prompts: expected 1 to {_MOST_PROMPTS}, got {count}")
+        return training_prompts(count, seed=seed)
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise ValueError(f"--prompts: expected a number or a file, got {text!r}")
+    return load_prompts(path)
+
+
+def run_distill(options: DistillOptions, console: Console) -> SliceManifest | None:
+    """Distill; errors are those of `speckv.training.distill.distill`."""
+    layers = tuple(parse_layers(text) for text in options.layers)
+    prompts = read_prompts(options.prompts, options.seed)
+
+    from .training.corpus import CorpusRecipe
+    from .training.distill import DistillRecipe, distill
+    from .training.trainer import TrainingRecipe
+
+    recipe = DistillRecipe(
+        corpus=CorpusRecipe(max_new_tokens=options.max_new_tokens, seed=options.seed),
+        training=TrainingRecipe(learning_rate=options.learning_rate, seed=options.seed),
+        epochs=options.epochs,
+        layers=layers,
+        heads=tuple(options.heads) or DistillRecipe.heads,
+    )
+    with Progressing(console) as reporter:
+        return distill(
+            options.target,
+            options.out,
+            prompts,
+            recipe,
+            reporter,
+            compression=options.compression,
+            device=options.device,
+            corpus_only=options.corpus_only,
+            command=f"speckv {shlex.join(sys.argv[1:])}",
+        )
+
+
+class Progressing:
+    """A `Reporter` that shows one bar a stage on stderr, and lines above it."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = console
+        self._bar: Progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> Progressing:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def stage(self, name: str, total: int) -> None:
+        """Replace the bar."""
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(name, total=total, note="")
+
+    def advance(self, units: int, note: str) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, advance=units, note=note)
+
+    def line(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(text, markup=False)

@@ -1,0 +1,407 @@
+"""Distilling a slice draft from a target: corpus, search, training, export.
+
+The search trains a draft of each depth for a short while, reads off how often it agrees with the
+target for each size of the head, and keeps the pair with the most predicted tokens per second by
+costs measured on this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from .._version import __version__
+from ..decoding.calibrate import measure
+from ..errors import SpeckvError
+from ..files import write_atomically
+from ..machine import cpu_name
+from ..models.hub import cache_root
+from ..models.llama import LlamaDecoder
+from ..models.loading import load_model, open_checkpoint
+from ..models.slice_draft import SliceManifest, rounded, save_slice_draft
+from ..models.weights import TensorSource
+from ..policies import CostTable
+from ..prompts import Prompt
+from .acceptance import count_accepted, predict_speedup
+from .corpus import Corpus, CorpusRecipe
+from .examples import Examples
+from .student import Student
+from .trainer import Measurement, Trainer, TrainingRecipe
+
+_SETTINGS, _SEARCH, _STATE = "settings.json", "search.json", "state.pt"
+
+
+@dataclass(frozen=True)
+class DistillRecipe:
+    """Everything that decides what a draft becomes, besides target and prompts.
+
+    Attributes
+    ----------
+    corpus : CorpusRecipe
+    training : TrainingRecipe
+    epochs : float
+        Passes over the corpus.
+    layers : tuple of tuple of int
+        Candidates: the target's layers that a draft begins as. Empty: `spread` of 1, 2 and 4.
+    heads : tuple of int
+        Candidate sizes of the head.
+    search_share : float
+        Steps of each candidate's trial, as a share of the whole training.
+    """
+
+    corpus: CorpusRecipe = field(default_factory=CorpusRecipe)
+    training: TrainingRecipe = field(default_factory=TrainingRecipe)
+    epochs: float = 3.0
+    layers: tuple[tuple[int, ...], ...] = ()
+    heads: tuple[int, ...] = (4096, 8192, 16384)
+    search_share: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.epochs <= 0:
+            raise ValueError(f"epochs: expected more than 0, got {self.epochs}")
+        if not self.heads or min(self.heads) < 1:
+            raise ValueError(f"heads: expected sizes from 1 on, got {list(self.heads)}")
+        if any(not candidate for candidate in self.layers):
+            raise ValueError("layers: expected at least one layer in each candidate, got none")
+
+
+class Reporter(Protocol):
+    """What a distillation tells while it runs."""
+
+    def stage(self, name: str, total: int) -> None:
+        """A stage of ``total`` units begins."""
+
+    def advance(self, units: int, note: str) -> None:
+        """So many more units are done; ``note`` is a few words on how it goes."""
+
+    def line(self, text: str) -> None:
+        """Something to keep."""
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A candidate after its short training."""
+
+    layers: tuple[int, ...]
+    head: int
+    agreement: float
+    gamma: int
+    speedup: float
+
+
+def spread(count: int, layers: int) -> tuple[int, ...]:
+    """``count`` of a target's layers: the first ones and the last ones, half and half."""
+    first = -(-count // 2)
+    return (*range(first), *range(layers - (count - first), layers))
+
+
+def distill(
+    source: str | None,
+    out: Path,
+    prompts: Sequence[Prompt],
+    recipe: DistillRecipe,
+    report: Reporter,
+    *,
+    compression: str | None = None,
+    device: str | torch.device | None = None,
+    corpus_root: Path | None = None,
+    corpus_only: bool = False,
+    command: str = "",
+) -> SliceManifest | None:
+    """Make a draft for a target.
+
+    Parameters
+    ----------
+    source : str, optional
+        The target, as for `load_model`; of the Llama family.
+    out : Path
+        Folder of the draft. What is unfinished stays in its folder ``unfinished``, from where the
+        same call goes on.
+    compression : str, optional
+        Of the target while it writes the corpus and while costs are measured.
+    corpus_root : Path, optional
+        Where corpora are cached.
+    corpus_only : bool
+        Generate the corpus and stop; several processes may do so at once.
+    command : str
+        For the card.
+
+    Returns
+    -------
+    SliceManifest, or None with ``corpus_only``
+
+    Raises
+    ------
+    ValueError
+        A bad setting, or a target that is not of the Llama family.
+    ModelError
+        The target cannot be had.
+    SpeckvError
+        Another process is at work in ``out``, or other settings were begun there.
+    """
+    target, tokenizer = load_model(source, compression=compression, device=device)
+    if not isinstance(target, LlamaDecoder):
+        raise ValueError(f"target: expected a model of the Llama family, got {target.name}")
+    layers = recipe.layers or tuple(
+        spread(count, target.config.layers) for count in (1, 2, 4) if count < target.config.layers
+    )
+    deepest = max((max(candidate) for candidate in layers), default=-1)
+    if not 0 <= deepest < target.config.layers:
+        raise ValueError(f"layers: expected some of 0 to {target.config.layers - 1}, got {deepest}")
+    corpus = Corpus(
+        corpus_root or cache_root() / "corpora", target, tokenizer, prompts, recipe.corpus
+    )
+    started = time.time()
+    _write_corpus(corpus, len(prompts), report)
+    if corpus_only:
+        return None
+    unfinished = out / "unfinished"
+    unfinished.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(unfinished / "lock", timeout=0):
+            work = _Distillation(
+                target, open_checkpoint(source), corpus, recipe, layers, unfinished, report
+            )
+            return work.run(
+                out, card={"command": command, "prompts": len(prompts)}, started=started
+            )
+    except Timeout as error:
+        raise SpeckvError(f"{out} is in use by another distillation") from error
+
+
+def _write_corpus(corpus: Corpus, prompts: int, report: Reporter) -> None:
+    report.stage("Corpus", prompts)
+    begun = time.perf_counter()
+    tokens = 0
+
+    def advance(sequences: int, new: int) -> None:
+        nonlocal tokens
+        tokens += new
+        rate = tokens / (time.perf_counter() - begun)
+        report.advance(sequences, f"{tokens:,} tokens, {rate:,.0f} a second")
+
+    corpus.complete(advance)
+
+
+class _Distillation:
+    """Search, training and export on a corpus that is complete."""
+
+    def __init__(
+        self,
+        target: LlamaDecoder,
+        checkpoint: tuple[Any, TensorSource],
+        corpus: Corpus,
+        recipe: DistillRecipe,
+        layers: tuple[tuple[int, ...], ...],
+        folder: Path,
+        report: Reporter,
+    ) -> None:
+        self._target, self._layers, self._folder = target, layers, folder
+        self._config, self._tensors = checkpoint
+        self._recipe, self._report = recipe, report
+        self._examples = Examples.from_shards(corpus.shards())
+        self._train, self._held_out = self._examples.split()
+        self._vocabulary = self._examples.vocabulary(
+            max(recipe.heads), self._train, target.vocab_size
+        )
+        self._settings = {
+            "corpus": corpus.folder.name,
+            "shards": [corpus.path(i).name for i in range(corpus.size)],
+            "recipe": asdict(recipe),
+            "layers": layers,
+        }
+
+    def run(self, out: Path, *, card: dict[str, Any], started: float) -> SliceManifest:
+        """Go on from where ``folder`` stands; write the draft; clear the folder."""
+        self._claim()
+        trials = self._search()
+        best = max(trials, key=lambda trial: trial.speedup)
+        trainer = self._trainer(best.layers, best.head)
+        steps = self._steps(trainer, self._recipe.epochs)
+        self._report.line(
+            f"training {len(best.layers)} layers with a head of {best.head:,}: {steps:,} steps"
+        )
+        self._run(trainer, steps, "Training", self._folder / _STATE)
+        tensors = trainer.student.trainable()
+        with torch.no_grad():
+            for tensor in tensors.values():
+                tensor.copy_(rounded(tensor))
+        card |= self._card(trainer, best, trials, steps)
+        card["seconds"] = round(time.time() - started)
+        manifest = save_slice_draft(
+            out,
+            tensors,
+            self._vocabulary[: best.head],
+            target=self._target,
+            layers=best.layers,
+            card=card,
+        )
+        for name in (_SETTINGS, _SEARCH, _STATE):
+            (self._folder / name).unlink(missing_ok=True)
+        return manifest
+
+    def _claim(self) -> None:
+        """Refuse to go on with what was begun with other settings."""
+        path = self._folder / _SETTINGS
+        text = json.dumps(self._settings)
+        if path.is_file() and path.read_text() != text:
+            raise SpeckvError(
+                f"{self._folder} holds an unfinished distillation with other settings or another "
+                "corpus; repeat its command to finish it, or delete the folder"
+            )
+        _write_json(path, self._settings)
+
+    def _search(self) -> list[_Trial]:
+        """Trials of every depth and head; those already in the folder are not repeated."""
+        path = self._folder / _SEARCH
+        trials = []
+        if path.is_file():
+            found = json.loads(path.read_text())
+            trials = [_Trial(**{**t, "layers": tuple(t["layers"])}) for t in found]
+        heads = sorted({min(head, self._vocabulary.numel()) for head in self._recipe.heads})
+        known = {trial.layers for trial in trials}
+        for layers in self._layers:
+            if layers in known:
+                continue
+            trials += self._try(layers, heads)
+            _write_json(path, [asdict(trial) for trial in trials])
+        return trials
+
+    def _try(self, layers: tuple[int, ...], heads: list[int]) -> list[_Trial]:
+        trainer = self._trainer(layers, heads[-1])
+        alone = len(self._layers) == 1 and len(heads) == 1
+        if not alone:
+            share = self._recipe.search_share * self._recipe.epochs
+            self._run(trainer, self._steps(trainer, share), f"Trying {len(layers)} layers", None)
+        agreed, _ = trainer.agreements(heads)
+        trials = []
+        for head, bits in zip(heads, agreed, strict=True):
+            gamma, speedup = predict_speedup(bits, self._cost(trainer, layers, head), self._context)
+            share = sum(map(sum, bits)) / sum(map(len, bits))
+            trials.append(_Trial(layers, head, float(share), gamma, speedup))
+            self._report.line(
+                f"layers {','.join(map(str, layers))}, head {head:,}: agreement {share:.1%}, "
+                f"predicted {speedup:.2f}x at γ={gamma}"
+            )
+        return trials
+
+    def _trainer(self, layers: tuple[int, ...], head: int) -> Trainer:
+        torch.manual_seed(self._recipe.training.seed)
+        id_map = self._vocabulary[:head]
+        return Trainer(
+            Student(self._config, self._tensors, layers, id_map),
+            id_map,
+            self._examples,
+            self._train,
+            self._held_out,
+            self._recipe.training,
+            self._target.device,
+        )
+
+    def _steps(self, trainer: Trainer, epochs: float) -> int:
+        return max(1, round(trainer.epoch_steps * epochs))
+
+    def _run(self, trainer: Trainer, steps: int, stage: str, checkpoint: Path | None) -> None:
+        self._report.stage(stage, steps)
+
+        def measured(m: Measurement) -> None:
+            by_gamma = ", ".join(f"γ={g} {a:.1%}" for g, a in m.acceptance.items())
+            self._report.line(
+                f"step {m.step:,}: agreement {m.agreement:.1%}, overlap {m.overlap:.1%}, "
+                f"accepted {by_gamma}"
+            )
+
+        trainer.run(
+            steps,
+            checkpoint=checkpoint,
+            advance=lambda step, loss: self._report.advance(1, f"loss {loss:.3f}"),
+            measured=measured,
+        )
+
+    @property
+    def _context(self) -> int:
+        """A typical context: half of the held-out sequences' mean length."""
+        return int(self._examples.lengths[self._held_out].float().mean()) // 2
+
+    def _cost(self, trainer: Trainer, layers: tuple[int, ...], head: int) -> CostTable:
+        tensors = dict(trainer.student.trainable())
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][:head]
+        draft = self._target.slice_draft(_Detached(tensors), layers, head, name="candidate")
+        return measure(self._target, draft)
+
+    def _card(
+        self, trainer: Trainer, best: _Trial, trials: list[_Trial], steps: int
+    ) -> dict[str, Any]:
+        """What was done and what came of it, measured on the weights as they are stored."""
+        (agreed,), shared = trainer.agreements()
+        gamma, speedup = predict_speedup(
+            agreed, self._cost(trainer, best.layers, best.head), self._context
+        )
+        tasks = [self._examples.tasks[i] for i in self._held_out]
+        by_task = {}
+        for task in dict.fromkeys(tasks):
+            bits = [a for a, t in zip(agreed, tasks, strict=True) if t == task]
+            by_task[task] = {
+                str(g): round(count_accepted(bits, g).acceptance, 4) for g in (1, 4, 8)
+            }
+        device = self._target.device
+        return {
+            "recipe": asdict(self._recipe),
+            "corpus": {
+                "sequences": self._examples.size,
+                "tokens": int(self._examples.top_ids.shape[0]),
+                "held_out_sequences": len(self._held_out),
+            },
+            "training": {
+                "steps": trainer.step,
+                "planned_steps": steps,
+                "measurements": [asdict(m) for m in trainer.measurements],
+            },
+            "search": [asdict(trial) for trial in trials],
+            "held_out": {
+                "overlap": round(shared, 4),
+                "acceptance": {
+                    str(g): round(count_accepted(agreed, g).acceptance, 4) for g in (1, 4, 8)
+                },
+                "acceptance_by_task": by_task,
+                "predicted": {"gamma": gamma, "speedup": round(speedup, 3)},
+            },
+            "machine": {
+                "device": torch.cuda.get_device_name(device)
+                if device.type == "cuda"
+                else cpu_name(),
+                "threads": torch.get_num_threads(),
+                "compression": self._target.compression,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "speckv": __version__,
+            },
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        }
+
+
+def _write_json(path: Path, data: Any) -> None:
+    text = json.dumps(data)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+class _Detached:
+    """A student's tensors as a `TensorSource`."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].detach()
