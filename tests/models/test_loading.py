@@ -13,7 +13,7 @@ from torch import Tensor
 from speckv.errors import ModelError
 from speckv.models.adapter import TransformersAdapter
 from speckv.models.llama import LlamaDecoder
-from speckv.models.loading import load_model
+from speckv.models.loading import load_model, open_checkpoint
 from tests.models.conftest import VOCAB, seeded, tiny_tokenizer
 from tests.models.test_adapter import MODELS
 
@@ -66,10 +66,7 @@ def test_a_folder_of_another_family(tmp_path: Path, tokens: Tensor) -> None:
 def test_a_family_checkpoint_without_safetensors(
     family: Any, folder: Path, tmp_path: Path, tokens: Tensor
 ) -> None:
-    copied(folder, tmp_path)
-    for file in [*tmp_path.glob("*.safetensors"), tmp_path / "model.safetensors.index.json"]:
-        file.unlink()
-    torch.save(family("qwen3-yarn").state_dict(), tmp_path / "pytorch_model.bin")
+    without_safetensors(folder, family("qwen3-yarn"), tmp_path)
     model, _ = load_model(tmp_path, device="cpu")
     expected, _ = load_model(folder, device="cpu")
     block = tokens[None, :5]
@@ -77,6 +74,43 @@ def test_a_family_checkpoint_without_safetensors(
     assert isinstance(model, LlamaDecoder) and torch.equal(*logits)
 
 
+def without_safetensors(folder: Path, model: Any, to: Path) -> Path:
+    copied(folder, to)
+    for file in [*to.glob("*.safetensors"), to / "model.safetensors.index.json"]:
+        file.unlink()
+    torch.save(model.state_dict(), to / "pytorch_model.bin")
+    return to
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_the_tensors_of_a_folder(kind: str, family: Any, folder: Path, tmp_path: Path) -> None:
+    model = family("qwen3-yarn")
+    source = folder if kind == "safetensors" else without_safetensors(folder, model, tmp_path)
+    config, tensors = open_checkpoint(source)
+    assert config.model_type == "qwen3" and config.eos_token_id == [2, 7]
+    for name, expected in model.state_dict().items():
+        assert name in tensors and torch.equal(tensors[name], expected)
+    assert "model.layers.3.mlp.up_proj.weight" not in tensors
+
+
+def test_the_tensors_of_a_gguf_file(
+    family: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = family("llama-tied-llama3")
+    monkeypatch.setattr("speckv.models.loading.load_gguf", lambda path: (model, None))
+    (tmp_path / "model.gguf").touch()
+    config, tensors = open_checkpoint(tmp_path / "model.gguf")
+    assert config is model.config
+    assert torch.equal(tensors["model.norm.weight"], model.state_dict()["model.norm.weight"])
+
+
+def test_the_tensors_of_another_family_are_refused(tmp_path: Path) -> None:
+    seeded(MODELS["gpt2"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model_type: expected one of llama, .*, got 'gpt2'"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("load", [load_model, open_checkpoint])
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -85,9 +119,9 @@ def test_a_family_checkpoint_without_safetensors(
         ("what is this?", "no such model folder: what is this"),
     ],
 )
-def test_names_that_lead_nowhere(name: str, message: str) -> None:
+def test_names_that_lead_nowhere(load: Any, name: str, message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        load_model(name, device="cpu")
+        load(name)
 
 
 def test_a_folder_that_is_not_a_model(tmp_path: Path) -> None:
