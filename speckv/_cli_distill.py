@@ -105,7 +105,7 @@ def run_distill(options: DistillOptions, console: Console) -> SliceManifest | No
 
 
 class Progressing:
-    """A `Reporter` that shows one bar a stage on stderr, and lines above it."""
+    """A `Reporter` that shows one bar a stage on a terminal, and lines above it."""
 
     def __init__(self, console: Console) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -123,17 +123,19 @@ class Progressing:
         self._task: Any = None
 
     def __enter__(self) -> Progressing:
-        self._bar.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
+        if self._bar.live.is_started:
+            self._bar.stop()
 
     def stage(self, name: str, total: int) -> None:
         """Replace the bar."""
         if self._task is not None:
             self._bar.remove_task(self._task)
         self._task = self._bar.add_task(name, total=total, note="")
+        if self._console.is_terminal:
+            self._bar.start()
 
     def advance(self, units: int, note: str) -> None:
         """Move the bar."""

@@ -106,8 +106,12 @@ def open_checkpoint(
     else:
         folder, _ = _locate(name, progress)
         config = _folder_config(folder, name)
-        with _readable(folder):
-            tensors = _SafetensorsFolder(folder)
+        DecoderConfig.from_transformers(config)
+        if list(folder.glob("*.safetensors")):
+            with _readable(folder):
+                tensors = _SafetensorsFolder(folder)
+        else:
+            tensors = _read_folder(folder, name, progress).state_dict()
     DecoderConfig.from_transformers(config)
     return config, tensors
 
@@ -244,12 +248,16 @@ def _load_folder(
         with _readable(folder):
             source = _SafetensorsFolder(folder)
             return _decoder(config, source, name, formats, device, progress)
+    model = _read_folder(folder, name, progress)
+    return _wrap(model, name, formats, device, progress, owned=True)
+
+
+def _read_folder(folder: Path, name: str, progress: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
     reading = SlowProgress(f"Reading {name}", enabled=progress)
     with _readable(folder), reading, without_transformers_bars():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return _wrap(model, name, formats, device, progress, owned=True)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def _read_gguf(name: str, progress: bool) -> tuple[Any, Any]:

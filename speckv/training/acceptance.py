@@ -63,7 +63,8 @@ def count_accepted(agreed: Sequence[np.ndarray], gamma: int) -> Counts:
     """Decode greedily by what a draft says at each position of the target's own text.
 
     As long as its tokens are accepted the draft reads the target's text, so agreement position by
-    position tells exactly how many tokens of a block are accepted.
+    position tells exactly how many tokens of a block are accepted. A text counts as if a length
+    limit ended it: where the target did, a draft would go on past the end, in its last block.
 
     Parameters
     ----------

@@ -61,6 +61,8 @@ class CorpusRecipe:
             raise ValueError(
                 f"temperatures: expected numbers from 0 on, got {list(self.temperatures)}"
             )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: expected 0 to {2**32 - 1}, got {self.seed}")
 
     def temperature(self, index: int) -> float:
         """Temperature of prompt ``index``; prompts of a task get every temperature in turn."""
@@ -293,9 +295,10 @@ def generate(
     top = min(recipe.top, target.vocab_size)
 
     def extend(active: list[_Row], logits: Tensor) -> None:
-        probs = torch.softmax(logits.float(), dim=-1)
-        best_probs, best_ids = (t.cpu() for t in probs.topk(top, dim=-1))
-        tokens = probs.argmax(dim=-1).tolist()  # of equal ones the lowest id, as `verify` does
+        best = _likeliest(logits.float(), top)
+        best_probs = torch.softmax(logits.float(), dim=-1).gather(1, best).cpu()
+        best_ids = best.cpu()
+        tokens = best_ids[:, 0].tolist()
         drawn = [i for i, row in enumerate(active) if row.temperature > 0]
         if drawn:
             rest = _draw(logits[drawn], [active[i] for i in drawn])
@@ -342,6 +345,17 @@ def generate(
             )
             extend(active, logits[:, 0])
     return _shard([done[i] for i in range(len(prompts))], prompts)
+
+
+def _likeliest(logits: Tensor, count: int) -> Tensor:
+    """Ids of the largest logits [n, V], falling: int64 [n, count].
+
+    The first is the lowest of equal ones, as `verify` chooses: in bf16 they are not rare, and
+    `topk` has no order among them.
+    """
+    best = logits.argmax(dim=-1, keepdim=True)
+    rest = logits.scatter(1, best, -torch.inf).topk(count - 1, dim=-1).indices
+    return torch.cat((best, rest), dim=1)
 
 
 def _draw(logits: Tensor, rows: Sequence[_Row]) -> list[int]:

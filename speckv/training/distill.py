@@ -8,6 +8,7 @@ costs measured on this machine.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 from collections.abc import Sequence
@@ -66,8 +67,9 @@ class DistillRecipe:
     search_share: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.epochs <= 0:
-            raise ValueError(f"epochs: expected more than 0, got {self.epochs}")
+        for name in ("epochs", "search_share"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
         if not self.heads or min(self.heads) < 1:
             raise ValueError(f"heads: expected sizes from 1 on, got {list(self.heads)}")
         if any(not candidate for candidate in self.layers):
@@ -148,15 +150,23 @@ def distill(
     SpeckvError
         Another process is at work in ``out``, or other settings were begun there.
     """
+    if len(prompts) < 2:
+        raise ValueError(
+            f"prompts: expected at least 2, one to learn from and one to hold out, "
+            f"got {len(prompts)}"
+        )
     target, tokenizer = load_model(source, compression=compression, device=device)
     if not isinstance(target, LlamaDecoder):
         raise ValueError(f"target: expected a model of the Llama family, got {target.name}")
     layers = recipe.layers or tuple(
         spread(count, target.config.layers) for count in (1, 2, 4) if count < target.config.layers
     )
-    deepest = max((max(candidate) for candidate in layers), default=-1)
-    if not 0 <= deepest < target.config.layers:
-        raise ValueError(f"layers: expected some of 0 to {target.config.layers - 1}, got {deepest}")
+    most = target.config.layers - 1
+    if not layers:
+        raise ValueError(f"target: expected one of two layers or more, got {target.name}")
+    for candidate in layers:
+        if min(candidate) < 0 or max(candidate) > most:
+            raise ValueError(f"layers: expected some of 0 to {most}, got {list(candidate)}")
     corpus = Corpus(
         corpus_root or cache_root() / "corpora", target, tokenizer, prompts, recipe.corpus
     )
@@ -245,7 +255,7 @@ class _Distillation:
             layers=best.layers,
             card=card,
         )
-        for name in (_SETTINGS, _SEARCH, _STATE):
+        for name in (_STATE, _SEARCH, _SETTINGS):  # settings last: they guard the other two
             (self._folder / name).unlink(missing_ok=True)
         return manifest
 
@@ -312,6 +322,12 @@ class _Distillation:
 
     def _run(self, trainer: Trainer, steps: int, stage: str, checkpoint: Path | None) -> None:
         self._report.stage(stage, steps)
+        shown = 0
+
+        def advance(step: int, loss: float) -> None:
+            nonlocal shown
+            self._report.advance(step - shown, f"loss {loss:.3f}")  # a checkpoint's steps at once
+            shown = step
 
         def measured(m: Measurement) -> None:
             by_gamma = ", ".join(f"γ={g} {a:.1%}" for g, a in m.acceptance.items())
@@ -323,7 +339,7 @@ class _Distillation:
         trainer.run(
             steps,
             checkpoint=checkpoint,
-            advance=lambda step, loss: self._report.advance(1, f"loss {loss:.3f}"),
+            advance=advance,
             measured=measured,
         )
 

@@ -91,11 +91,11 @@ class Examples:
         """Sequences to train on and to hold out: every 40th turn of the tasks is held out.
 
         Under the default recipe all that is held out is greedy. A corpus of less than two turns
-        holds out its last sequence.
+        holds out its first sequence.
         """
         held = [i for i in range(self.size) if i // len(TASKS) % _HOLD_OUT_EVERY == 0]
         if self.size < 2 * len(TASKS):
-            held = [self.size - 1]
+            held = [0]
         kept = set(held)
         return [i for i in range(self.size) if i not in kept], held
 

@@ -38,7 +38,7 @@ class Student(nn.Module):
 
         super().__init__()
         self.body: Any = AutoModel.from_config(_sliced(config, layers), dtype=torch.float32)
-        head = "lm_head.weight" if "lm_head.weight" in source else _EMBEDDING
+        head = _EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
         with torch.no_grad():
             for name, parameter in self.body.named_parameters():
                 parameter.copy_(source[_target_name(f"model.{name}", layers)])
@@ -80,6 +80,7 @@ class Student(nn.Module):
 def _sliced(config: PreTrainedConfig, layers: Sequence[int]) -> PreTrainedConfig:
     sliced: Any = copy.deepcopy(config)
     sliced.num_hidden_layers = len(layers)
+    sliced.attention_dropout = 0.0  # a resumed training repeats no random numbers
     kinds = getattr(sliced, "layer_types", None)
     if kinds is not None:
         sliced.layer_types = [kinds[layer] for layer in layers]

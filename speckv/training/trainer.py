@@ -52,6 +52,17 @@ class TrainingRecipe:
     patience: int = 6
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("batch_tokens", "evaluate_every", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate: expected more than 0, got {self.learning_rate}")
+        if not 0 <= self.likelihood < math.inf:
+            raise ValueError(f"likelihood: expected a weight from 0 on, got {self.likelihood}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: expected 0 to {2**32 - 1}, got {self.seed}")
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -144,6 +155,8 @@ class Trainer:
         if checkpoint is not None and checkpoint.is_file():
             best = self._resume(checkpoint)
         for batch in self._batches(steps):
+            if self._stalled():  # a checkpoint may be the one that training stopped at
+                break
             loss = self._learn(batch, steps)
             self.step += 1
             advance(self.step, loss)
@@ -154,8 +167,6 @@ class Trainer:
                     best = self._state()
                 if checkpoint is not None:
                     self._save(checkpoint, best)
-                if self._since_best() >= self.recipe.patience:
-                    break
         self.student.load_state_dict(best, strict=False)
 
     @torch.no_grad()
@@ -239,9 +250,12 @@ class Trainer:
         return logits
 
     def _since_best(self) -> int:
-        """Measurements since the best one."""
+        """Measurements since the best one; there is at least one."""
         scores = [m.agreement + m.overlap for m in self.measurements]
         return len(scores) - 1 - max(range(len(scores)), key=scores.__getitem__)
+
+    def _stalled(self) -> bool:
+        return bool(self.measurements) and self._since_best() >= self.recipe.patience
 
     def _state(self) -> dict[str, Tensor]:
         return {
