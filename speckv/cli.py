@@ -210,7 +210,7 @@ def distill(
         typer.Option(
             metavar="I,J",
             help="Begin as these layers of the target; repeat to try several."
-            " [default: tries 1, 2 and 4 layers]",
+            " [default: tries the first 1, 2 and 4]",
         ),
     ] = None,
     head: Annotated[
@@ -221,7 +221,7 @@ def distill(
             " [default: tries 4096, 8192 and 16384]",
         ),
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="The highest one.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="The highest one.")] = 3e-3,
     seed: Annotated[int, typer.Option(help="Of prompts, draws and the order of training.")] = 0,
     compression: opt.Compression = None,
     device: opt.Device = None,

@@ -45,9 +45,9 @@ class TrainingRecipe:
         Of the order of the batches.
     """
 
-    batch_tokens: int = 4096
-    learning_rate: float = 1e-3
-    likelihood: float = 0.1
+    batch_tokens: int = 2048
+    learning_rate: float = 3e-3
+    likelihood: float = 0.3
     evaluate_every: int = 200
     patience: int = 6
     seed: int = 0

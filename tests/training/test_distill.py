@@ -21,7 +21,7 @@ from speckv.models.slice_draft import MANIFEST, SliceManifest, save_slice_draft
 from speckv.policies import CostTable
 from speckv.prompts import TASKS
 from speckv.training import distill as module
-from speckv.training.distill import DistillRecipe, distill, spread
+from speckv.training.distill import DistillRecipe, distill
 from tests.models.conftest import seeded
 from tests.models.test_adapter import MODELS
 from tests.training.conftest import (
@@ -314,8 +314,10 @@ def test_a_folder_in_use_is_refused(run: Run, tmp_path: Path) -> None:
 # settings
 
 
-def test_layers_to_try() -> None:
-    assert [spread(n, 30) for n in (1, 2, 3, 4)] == [(0,), (0, 29), (0, 1, 29), (0, 1, 28, 29)]
+def test_layers_to_try(run: Run, tmp_path: Path) -> None:
+    manifest = run(tmp_path, recipe=replace(DISTILLING, epochs=0.5, layers=(), heads=(64,)))
+    assert manifest is not None
+    assert [trial["layers"] for trial in manifest.card["search"]] == [(0,), (0, 1)]
 
 
 @pytest.mark.parametrize(
