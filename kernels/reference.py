@@ -181,19 +181,8 @@ def draft_step(
             state.rows[b, at.STOP], state.rows[b, at.DONE] = 1, at.DONE_ERROR
             continue
         signals = token_signals(x, token)
-        entropy, confidence, margin, _ = signals
         state.signals[b, drafted] = torch.tensor(signals)
-        if drafted == 0:
-            step = [entropy, entropy, confidence, confidence]
-        else:
-            share = 1.0 / (drafted + 1)
-            step = [
-                running[at.MEAN_ENTROPY] + (entropy - running[at.MEAN_ENTROPY]) * share,
-                max(running[at.MAX_ENTROPY], entropy),
-                running[at.MEAN_CONFIDENCE] + (confidence - running[at.MEAN_CONFIDENCE]) * share,
-                min(running[at.MIN_CONFIDENCE], confidence),
-            ]
-        running[: at.ACCEPTANCE] = [*step, entropy, confidence, margin]
+        running = fold_signals(running, signals, drafted)
         state.running[b] = torch.tensor(running)
         state.sequence[b, rows[at.LENGTH] + drafted] = (
             token if id_map is None else id_map[token]
@@ -243,6 +232,22 @@ def token_signals(x: Tensor, token: int) -> list[float]:
     second = math.exp(float(rest.max())) / s
     entropy = max(math.log(s) - t / s, 0.0) / math.log(2.0)
     return [entropy, confidence, confidence - second, math.exp(float(d[token])) / s]
+
+
+def fold_signals(running: list[float], signals: list[float], drafted: int) -> list[float]:
+    """One row of `StepState.running` with the signals of draft token ``drafted`` of the step."""
+    entropy, confidence, margin, _ = signals
+    if drafted == 0:
+        step = [entropy, entropy, confidence, confidence]
+    else:
+        share = 1.0 / (drafted + 1)
+        step = [
+            running[at.MEAN_ENTROPY] + (entropy - running[at.MEAN_ENTROPY]) * share,
+            max(running[at.MAX_ENTROPY], entropy),
+            running[at.MEAN_CONFIDENCE] + (confidence - running[at.MEAN_CONFIDENCE]) * share,
+            min(running[at.MIN_CONFIDENCE], confidence),
+        ]
+    return [*step, entropy, confidence, margin, *running[at.ACCEPTANCE :]]
 
 
 def verify(

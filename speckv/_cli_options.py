@@ -22,7 +22,10 @@ Target = Annotated[
 ]
 Draft = Annotated[
     str | None,
-    typer.Option(help="Hub id or folder of the draft, or first:N, the target's first N layers."),
+    typer.Option(
+        help="Hub id or folder of the draft; first:N, the target's first N layers; lookup, no model"
+        " but the text so far; or lookup+DRAFT, both."
+    ),
 ]
 Policy = Annotated[
     str | None,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .decoding.calibrate import calibrated
 from .decoding.eager import EagerLoop, StepRecord
+from .decoding.lookup import Lookup, parse_draft
 from .decoding.requests import RequestBatch
 from .decoding.stats import Stats
 from .errors import NumericsError, SpeckvError
@@ -46,7 +47,7 @@ class Engine:
     target : CausalModel
     tokenizer : transformers tokenizer of the target
     draft : CausalModel, optional
-        None allows ``fixed:0`` only.
+        None, without a lookup, allows ``fixed:0`` only.
     policy : str or Policy
         See `speckv.policies`.
     id_map : int32 [V_draft], optional
@@ -55,6 +56,8 @@ class Engine:
         Longer lists of prompts are decoded in groups of this many.
     cost : CostTable, optional
         Costs for the rate objective; measured and cached by default.
+    lookup : Lookup, optional
+        Draft from the text so far where it repeats itself, and with the draft model elsewhere.
 
     Examples
     --------
@@ -72,10 +75,12 @@ class Engine:
         id_map: Tensor | None = None,
         max_batch_size: int = 8,
         cost: CostTable | None = None,
+        lookup: Lookup | None = None,
     ) -> None:
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size: expected at least 1, got {max_batch_size}")
         self.target, self.tokenizer, self.draft = target, tokenizer, draft
+        self.lookup = lookup
         self.policy = self._usable(parse_policy(policy))
         self.max_batch_size = max_batch_size
         self.max_length = target.max_positions
@@ -106,7 +111,10 @@ class Engine:
             Hub id, folder, GGUF file, or a name of `speckv.models.hub`; SmolLM2-135M-Instruct by
             default.
         draft : str, optional
-            Likewise, or ``first:N`` for the target's own first N layers, which is the default.
+            Likewise, or ``first:N`` for the target's own first N layers; see `load_draft` for the
+            default. ``lookup`` drafts without a model, from the text so far (``lookup:N``: by its
+            last N tokens at most); ``lookup+DRAFT`` does so where the text repeats itself, and
+            with the model elsewhere.
         compression : "fp32" | "fp16" | "bf16" | "int8" | "nf4", optional
             Weight format of the target.
         device : optional
@@ -126,6 +134,7 @@ class Engine:
             A model that cannot be found, read or fetched.
         """
         parsed = parse_policy(policy)
+        lookup, draft = parse_draft(draft)
         model, tokenizer = load_model(
             target, compression=compression, dtype=dtype, device=device, progress=progress
         )
@@ -137,12 +146,13 @@ class Engine:
             policy=parsed,
             id_map=id_map,
             max_batch_size=max_batch_size,
+            lookup=lookup,
         )
 
     def describe(self) -> str:
         """One line: models, weight format, device and policy."""
         target = self.target
-        draft = "none" if self.draft is None else self.draft.name
+        draft = "+".join(d.name for d in (self.lookup, self.draft) if d is not None) or "none"
         dtype = str(target.dtype).removeprefix("torch.")
         return (
             f"target {target.name} ({target.compression}, {dtype}), draft {draft}, "
@@ -227,7 +237,7 @@ class Engine:
         rows = min(batch_size, self.max_batch_size)
         self._loop_for(rows, min(length, self.max_length))
         self._pack(self.policy)
-        policies = ["fixed:0"] if self.draft is None else ["fixed:0", "fixed:2"]
+        policies = ["fixed:0"] if self._cannot_draft else ["fixed:0", "fixed:2"]
         for policy in policies:
             for options in _WAYS_OF_SAMPLING:
                 params = SamplingParams(max_new_tokens=4, seed=0, ignore_eos=True, **options)
@@ -290,14 +300,18 @@ class Engine:
         return self.policy if policy is None else self._usable(parse_policy(policy))
 
     def _usable(self, policy: Policy) -> Policy:
-        if self.draft is None and not policy.never_drafts:
+        if self._cannot_draft and not policy.never_drafts:
             raise ValueError(
-                f"policy: expected fixed:0, since there is no draft model, got {policy.name!r}"
+                f"policy: expected fixed:0, since there is no draft, got {policy.name!r}"
             )
         return policy
 
+    @property
+    def _cannot_draft(self) -> bool:
+        return self.draft is None and self.lookup is None
+
     def _pack(self, policy: Policy) -> Tensor:
-        if policy.needs_cost and self._cost is None and self.draft is not None:
+        if policy.needs_cost and self._cost is None and not self._cannot_draft:
             self._cost = calibrated(self.target, self.draft)
         return policy.pack(self.target.compression, self._cost)
 
@@ -310,7 +324,12 @@ class Engine:
             length = min(-(-length // 512) * 512, self.max_length)
             self._loop = None  # its memory goes before the new one's comes
             loop = EagerLoop(
-                self.target, self.draft, batch=batch, capacity=length, id_map=self._id_map
+                self.target,
+                self.draft,
+                batch=batch,
+                capacity=length,
+                id_map=self._id_map,
+                lookup=self.lookup,
             )
             self._loop = loop
         return loop

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import torch
 
 from ..files import write_atomically
 from ..kernels import layout as at
-from ..kernels.layout import WIDTH_MAX, StepState
+from ..kernels.layout import GAMMA_MAX, WIDTH_MAX, StepState
 from ..machine import cpu_name
 from ..models.base import CausalModel
 from ..models.cache import KVCache
@@ -22,16 +21,21 @@ from ..models.hub import cache_root
 from ..models.progress import SlowProgress
 from ..policies import CostTable, parse_policy
 from .eager import operations
+from .lookup import Lookup, Lookups, draft_matches
 from .prepared import prepared
 
 _VERSION = 2
 _WIDTHS = (1, 2, 3, 5, 9, 16)
+_DRAFT_WIDTHS = (1, 2)
 _CONTEXTS = (64, 1024)
 _REPEATS = 5
 
 
-def calibrated(target: CausalModel, draft: CausalModel) -> CostTable:
-    """The cost table of this pair on this machine: from the cache, else measured (seconds)."""
+def calibrated(target: CausalModel, draft: CausalModel | None) -> CostTable:
+    """The cost table of this pair on this machine: from the cache, else measured (seconds).
+
+    Without a draft model it is that of a lookup.
+    """
     path = cache_root() / "costs" / f"{_key(target, draft)}.json"
     table = _read(path)
     if table is None:
@@ -41,27 +45,36 @@ def calibrated(target: CausalModel, draft: CausalModel) -> CostTable:
 
 
 @torch.inference_mode()
-def measure(target: CausalModel, draft: CausalModel) -> CostTable:
+def measure(target: CausalModel, draft: CausalModel | None) -> CostTable:
     """Time forwards of both models, `draft_step` and `verify`, and fit `CostTable`.
+
+    Without a draft model a draft token costs what a lookup takes.
 
     Medians, linear between widths. Context slopes come from two lengths; where noise makes one
     negative it is zero. The draft's first forward of a step is priced at the two rows that it has
     after a full acceptance.
     """
-    longest = min(target.max_positions, draft.max_positions) - WIDTH_MAX
+    models = [target] if draft is None else [target, draft]
+    longest = min(model.max_positions for model in models) - WIDTH_MAX
     contexts = [context for context in _CONTEXTS if context <= longest] or [1]
-    target_cache = target.new_cache(1, contexts[-1] + WIDTH_MAX)
-    draft_cache = draft.new_cache(1, contexts[-1] + WIDTH_MAX)
-    with SlowProgress("Measuring costs", len(contexts) * (len(_WIDTHS) + 2)) as progress:
+    count = len(contexts) * (len(_WIDTHS) + (0 if draft is None else len(_DRAFT_WIDTHS)))
+    with SlowProgress("Measuring costs", count) as progress:
 
         def forward_ms(model: CausalModel, cache: KVCache, width: int, context: int) -> float:
             progress.advance()
             tokens = torch.zeros(1, width, dtype=torch.int32, device=model.device)
             return _median_ms(lambda: model.forward(tokens, [context], cache), model.device)
 
-        verify = [[forward_ms(target, target_cache, w, c) for w in _WIDTHS] for c in contexts]
-        drafted = [[forward_ms(draft, draft_cache, w, c) for w in (1, 2)] for c in contexts]
-    choice_ms, commit_ms = _operation_ms(target, draft)
+        def forwards_ms(model: CausalModel, widths: tuple[int, ...]) -> list[list[float]]:
+            cache = model.new_cache(1, contexts[-1] + WIDTH_MAX)
+            return [[forward_ms(model, cache, w, c) for w in widths] for c in contexts]
+
+        verify = forwards_ms(target, _WIDTHS)
+        drafted = [[0.0] * len(_DRAFT_WIDTHS) for _ in contexts]
+        if draft is not None:
+            drafted = forwards_ms(draft, _DRAFT_WIDTHS)
+    choice_ms = _lookup_ms(target) if draft is None else _choice_ms(draft, target.device)
+    commit_ms = _commit_ms(target)
     span = max(contexts[-1] - contexts[0], 1)
     slopes = [(far - near) / span for near, far in zip(verify[0], verify[-1], strict=True)]
     verify_slope = max(median(slopes), 0.0)
@@ -76,23 +89,56 @@ def measure(target: CausalModel, draft: CausalModel) -> CostTable:
     )
 
 
-def _operation_ms(target: CausalModel, draft: CausalModel) -> tuple[float, float]:
-    """Milliseconds of `draft_step` and of `verify` on one greedy row."""
-    device, operations_of = target.device, prepared(operations(target.device))
-    state = StepState.allocate(1, 64, device)
-    policy = parse_policy("paper").pack().to(device)
+def _choice_ms(draft: CausalModel, device: torch.device) -> float:
+    """Milliseconds of `draft_step` on one greedy row."""
+    operations_of = prepared(operations(device))
+    state, policy = StepState.allocate(1, 64, device), _deciding_policy(device)
+    logits = torch.randn(1, draft.vocab_size, device=device).to(draft.dtype)
+
+    def run() -> None:
+        _begin_step(state, [0])
+        operations_of.draft_step(logits, state, policy)
+
+    return _median_ms(run, device)
+
+
+def _lookup_ms(target: CausalModel) -> float:
+    """Milliseconds of a draft token that is looked up, decision included."""
+    device, text = target.device, [*range(8)] * 8
+    state, policy = StepState.allocate(1, len(text) + 64, device), _deciding_policy(device)
+    lookups = Lookups(Lookup(), [text], GAMMA_MAX, alone=True)
+
+    def run() -> None:
+        _begin_step(state, text)
+        lookups.extend(0, text[:8])
+        draft_matches(lookups.find([0]), state, policy)
+
+    return _median_ms(run, device) / int(state.rows[0, at.DRAFTED])
+
+
+def _commit_ms(target: CausalModel) -> float:
+    """Milliseconds of `verify` on one greedy row."""
+    device = target.device
+    operations_of = prepared(operations(device))
+    state, policy = StepState.allocate(1, 64, device), _deciding_policy(device)
     eos = torch.full((1, 1), -1, dtype=torch.int32, device=device)
-    draft_logits = torch.randn(1, draft.vocab_size, device=device).to(draft.dtype)
     logits = torch.randn(1, 1, target.vocab_size, device=device).to(target.dtype)
 
-    def run(operation: Callable[..., None], logits: torch.Tensor, **options: Any) -> None:
-        state.reset(0, [0], limit=32, request=0)
-        state.rows[0, at.STOP] = 0
-        operation(logits, state, policy, **options)
+    def run() -> None:
+        _begin_step(state, [0])
+        operations_of.verify(logits, state, policy, eos=eos)
 
-    choice = _median_ms(lambda: run(operations_of.draft_step, draft_logits), device)
-    commit = _median_ms(lambda: run(operations_of.verify, logits, eos=eos), device)
-    return choice, commit
+    return _median_ms(run, device)
+
+
+def _deciding_policy(device: torch.device) -> torch.Tensor:
+    return parse_policy("paper").pack().to(device)
+
+
+def _begin_step(state: StepState, text: list[int]) -> None:
+    """The only row drafts after ``text``, and may for 31 tokens more."""
+    state.reset(0, text, limit=len(text) + 31, request=0)
+    state.rows[0, at.STOP] = 0
 
 
 def _median_ms(call: Callable[[], object], device: torch.device) -> float:
@@ -120,8 +166,9 @@ def _interpolate(widths: tuple[int, ...], values: list[float]) -> list[float]:
     return result
 
 
-def _key(target: CausalModel, draft: CausalModel) -> str:
+def _key(target: CausalModel, draft: CausalModel | None) -> str:
     """Costs change with any of these."""
+    models = [target] if draft is None else [target, draft]
     device = target.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     facts = [
@@ -130,7 +177,7 @@ def _key(target: CausalModel, draft: CausalModel) -> str:
         name,
         torch.get_num_threads(),
         torch.backends.cpu.get_cpu_capability(),
-        *([m.name, m.compression, str(m.dtype), m.vocab_size] for m in (target, draft)),
+        *([m.name, m.compression, str(m.dtype), m.vocab_size] for m in models),
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 

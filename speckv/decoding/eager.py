@@ -7,7 +7,8 @@ Coherence of the draft's KV cache. Let L be a row's committed length at the star
 last committed token is in neither cache. The target's cache holds L - 1 tokens at every step. The
 draft's holds ``draft_length`` of them: after a step with γ > 0 and a accepted tokens it holds L +
 min(a, γ - 1), because its last token was never fed to it; after steps with γ = 0 it lags by one
-more each. The first draft forward of a step feeds what is missing. Rollback is a smaller length.
+more each, and after steps drafted by a lookup by as many as they committed. The first draft forward
+of a step feeds what is missing. Rollback is a smaller length.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from ..kernels import reference
 from ..kernels.layout import StepState
 from ..models.base import CausalModel
 from ..models.cache import KVCache
+from .draft_rows import DraftRows
+from .lookup import Lookup, Lookups, draft_matches
 from .prepared import prepared
 from .requests import RequestBatch
 
@@ -58,7 +61,8 @@ class _Run:
     """One call of `EagerLoop.run`.
 
     draft_length: per row, the committed tokens that the draft's cache holds. operations: see
-    `operations`. columns: what `cutoff_columns` has made.
+    `operations`. lookups: the rows' texts; looked_up: the rows that drafted from theirs in the step
+    under way. columns: what `cutoff_columns` has made.
     """
 
     requests: RequestBatch
@@ -66,6 +70,8 @@ class _Run:
     policy: Tensor
     draft_length: list[int]
     operations: Any
+    lookups: Lookups | None = None
+    looked_up: set[int] = field(default_factory=set)
     columns: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def cutoff_columns(self, width: int) -> list[Tensor]:
@@ -97,11 +103,13 @@ class EagerLoop:
     ----------
     target : CausalModel
     draft : CausalModel or None
-        None allows policies that never draft only.
+        None, without a lookup, allows policies that never draft only.
     batch, capacity : int
         Most rows, and most tokens of a row.
     id_map : int32 [V_draft], optional
         Target id of each draft id.
+    lookup : Lookup, optional
+        Draft from the row's own text where it repeats itself, and with the model elsewhere.
     """
 
     def __init__(
@@ -112,8 +120,9 @@ class EagerLoop:
         batch: int,
         capacity: int,
         id_map: Tensor | None = None,
+        lookup: Lookup | None = None,
     ) -> None:
-        self.target, self.draft = target, draft
+        self.target, self.draft, self.lookup = target, draft, lookup
         self.batch, self.capacity = batch, capacity
         self.seconds = Seconds()
         self._ops = operations(target.device)
@@ -134,7 +143,7 @@ class EagerLoop:
         if self._draft_ids is not None and draft is not None:
             trimmed = draft.vocab_size < draft.embedding_size >= target.vocab_size
             self._draft_input_ids = None if trimmed else self._draft_ids.clamp(min=0)
-        self._rejection_rows: _DraftRows | None = None
+        self._rejection_rows: DraftRows | None = None
 
     @torch.inference_mode()
     def run(self, requests: RequestBatch, policy: Tensor) -> Iterator[list[StepRecord]]:
@@ -152,7 +161,12 @@ class EagerLoop:
         """
         policy = policy.to(self.target.device)
         state = self._begin(requests)
-        run = _Run(requests, state, policy, [0] * requests.size, prepared(self._ops))
+        lookups, most = None, int(policy[at.GAMMA_CAP])
+        if self.lookup is not None and most > 0:
+            alone = self.draft is None
+            lookups = Lookups(self.lookup, requests.prompts, most, alone=alone)
+        held = [0] * requests.size
+        run = _Run(requests, state, policy, held, prepared(self._ops), lookups)
         yield self._prefill(run)
         while not all(row[at.DONE] for row in read_rows(run.state)):
             self._draft(run)
@@ -189,17 +203,19 @@ class EagerLoop:
             assert last is not None
             logits.append(last)
         self._accept(run, torch.stack(logits)[:, None])
-        records = committed(run.state, list(range(run.requests.size)))
+        records = self._committed(run, list(range(run.requests.size)))
         self.seconds.prefill += self._now() - start
         return [StepRecord(r.row, -1, 0, r.tokens, r.done) for r in records]
 
     def _draft(self, run: _Run) -> None:
         """Draft until every row has stopped."""
         rows = read_rows(run.state)
-        if self.draft is not None:
-            for b in drafting(rows):
-                if rows[b][at.LENGTH] + at.GAMMA_MAX > self.draft.max_positions:
-                    run.state.rows[b, at.STOP] = rows[b][at.STOP] = 1
+        run.looked_up.clear()
+        if run.lookups is not None:
+            rows = self._look_up(run, run.lookups, rows)
+        for b in drafting(rows):
+            if self._out_of_reach(rows[b]):
+                run.state.rows[b, at.STOP] = rows[b][at.STOP] = 1
         slots = drafting(rows)
         forward = self._catch_up
         while slots:
@@ -212,6 +228,31 @@ class EagerLoop:
             slots = drafting(rows)
             self.seconds.draft += drafted - start
             self.seconds.decision += self._now() - drafted
+
+    def _look_up(
+        self, run: _Run, lookups: Lookups, rows: list[list[int]]
+    ) -> list[list[int]]:
+        """Draft the whole step of the rows whose text repeats itself; the rows after it."""
+        start = self._now()
+        found = lookups.find(drafting(rows))
+        searched = self._now()
+        self.seconds.draft += searched - start
+        if not found:
+            return rows
+        draft_matches(found, run.state, run.policy)
+        rows = read_rows(run.state)
+        run.looked_up.update(found)
+        if run.requests.rejection:
+            for b, matches in found.items():
+                self._drafts.store_certain(b, [m.token for m in matches][: rows[b][at.DRAFTED]])
+        self.seconds.decision += self._now() - searched
+        return rows
+
+    def _out_of_reach(self, row: list[int]) -> bool:
+        """Whether the draft model cannot draft for a row: there is none, or its context is full."""
+        if self.draft is None:
+            return self.lookup is not None
+        return row[at.LENGTH] + at.GAMMA_MAX > self.draft.max_positions
 
     def _catch_up(self, run: _Run, rows: list[list[int]], slots: list[int]) -> Tensor:
         """Feed the draft the committed tokens it lacks; logits [len(slots), V_draft]."""
@@ -253,7 +294,7 @@ class EagerLoop:
             cutoffs, lse = self._cutoff(run, logits)
             if requests.rejection:
                 index = [rows[b][at.DRAFTED] for b in slots]
-                self._drafts.store(slots, index, logits, cutoffs, lse)
+                self._drafts.store(slots, index, self._as_kept(logits), cutoffs, lse)
         run.operations.draft_step(
             logits,
             run.state,
@@ -275,12 +316,21 @@ class EagerLoop:
         tokens = gather(run.state.sequence, slots, position, width)
         logits = self.target.forward(tokens, position, self._target_cache, slots=slots)
         self._accept(run, scatter(logits, slots, len(rows)))
-        records = committed(run.state, slots)
+        records = self._committed(run, slots)
         for record in records:
-            if record.gamma > 0:
+            if record.gamma > 0 and record.row not in run.looked_up:
                 before = rows[record.row][at.LENGTH]
                 run.draft_length[record.row] = before + min(record.accepted, record.gamma - 1)
         self.seconds.verify += self._now() - start
+        return records
+
+    @staticmethod
+    def _committed(run: _Run, slots: list[int]) -> list[StepRecord]:
+        """What the rows ``slots`` just committed, which may be looked up from now on."""
+        records = committed(run.state, slots)
+        if run.lookups is not None:
+            for record in records:
+                run.lookups.extend(record.row, record.tokens)
         return records
 
     def _accept(self, run: _Run, logits: Tensor) -> None:
@@ -315,7 +365,7 @@ class EagerLoop:
             draft_logits=drafts.logits,
             draft_cutoffs=drafts.cutoffs,
             draft_lse=drafts.lse,
-            draft_ids=self._draft_ids,
+            draft_ids=None if self.lookup is not None else self._draft_ids,
         )
 
     def _cutoff(self, run: _Run, logits: Tensor, width: int = 1) -> tuple[Tensor, Tensor]:
@@ -325,46 +375,29 @@ class EagerLoop:
         return cutoffs, lse
 
     @property
-    def _drafts(self) -> _DraftRows:
+    def _drafts(self) -> DraftRows:
         if self._rejection_rows is None:
-            self._rejection_rows = _DraftRows.allocate(self.batch, self.draft or self.target)
+            model = self.draft or self.target
+            width = model.vocab_size if self.lookup is None else self.target.vocab_size
+            self._rejection_rows = DraftRows.allocate(self.batch, width, model)
         return self._rejection_rows
+
+    def _as_kept(self, logits: Tensor) -> Tensor:
+        """Draft logits [B, V_draft] as `_drafts` keeps them.
+
+        A lookup may find any token of the target, so beside one they are kept by target id.
+        """
+        if self.lookup is None or self._draft_ids is None:
+            return logits
+        known = self._draft_ids >= 0
+        by_target = logits.new_full((len(logits), self.target.vocab_size), -torch.inf)
+        by_target[:, known] = logits[:, self._draft_ids[known].long()]
+        return by_target
 
     def _require_draft(self) -> tuple[CausalModel, KVCache]:
         if self.draft is None or self._draft_cache is None:
             raise ValueError("draft: expected a model, since the policy drafts; got None")
         return self.draft, self._draft_cache
-
-
-@dataclass(frozen=True)
-class _DraftRows:
-    """The distributions that a step's draft tokens were drawn from, for rejection sampling.
-
-    logits [B, GAMMA_MAX, V_draft]; cutoffs and lse float32 [B, GAMMA_MAX].
-    """
-
-    logits: Tensor
-    cutoffs: Tensor
-    lse: Tensor
-
-    @classmethod
-    def allocate(cls, batch: int, model: CausalModel) -> _DraftRows:
-        shape = (batch, at.GAMMA_MAX)
-        return cls(
-            torch.zeros(*shape, model.vocab_size, dtype=model.dtype, device=model.device),
-            torch.zeros(shape, device=model.device),
-            torch.zeros(shape, device=model.device),
-        )
-
-    def narrow(self, batch: int) -> _DraftRows:
-        """A view of the first ``batch`` rows."""
-        return _DraftRows(self.logits[:batch], self.cutoffs[:batch], self.lse[:batch])
-
-    def store(self, slots: list[int], index: list[int], *rows: Tensor) -> None:
-        """Keep logits, cutoff and lse [B, ...] of draft token ``index[i]`` of row ``slots[i]``."""
-        for b, j in zip(slots, index, strict=True):
-            for kept, new in zip((self.logits, self.cutoffs, self.lse), rows, strict=True):
-                kept[b, j] = new[b]
 
 
 def operations(device: torch.device) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from speckv.decoding import EagerLoop, RequestBatch
+from speckv.decoding.lookup import Lookup
 from speckv.kernels import layout as at
 from speckv.kernels import reference
 from speckv.models.base import CausalModel
@@ -50,6 +51,7 @@ def decode(
     *,
     eos: Sequence[int] = (),
     first_request: int = 0,
+    lookup: Lookup | None = None,
 ) -> list[Decoded]:
     """Decode the prompts as one batch.
 
@@ -63,7 +65,7 @@ def decode(
     capacity = max(len(p) + q.max_new_tokens for p, q in zip(prompts, params, strict=True))
     if isinstance(policy, str):
         policy = parse_policy(policy).pack(target.compression, COST)
-    loop = EagerLoop(target, draft, batch=len(prompts), capacity=capacity)
+    loop = EagerLoop(target, draft, batch=len(prompts), capacity=capacity, lookup=lookup)
     batch = RequestBatch.build(
         prompts,
         params,
@@ -72,7 +74,12 @@ def decode(
         device=target.device,
         first_request=first_request,
     )
-    rows = [Decoded([], [], at.RUNNING) for _ in prompts]
+    return decode_with(loop, batch, policy)
+
+
+def decode_with(loop: EagerLoop, batch: RequestBatch, policy: Tensor) -> list[Decoded]:
+    """Decode a batch with a loop that may have decoded others before."""
+    rows = [Decoded([], [], at.RUNNING) for _ in batch.prompts]
     for records in loop.run(batch, policy):
         for record in records:
             old = rows[record.row]

@@ -88,6 +88,24 @@ def test_dtypes(vocabulary: int, dtype: torch.dtype, trimmed: bool) -> None:
     compare(rejection_case(3, 4, vocabulary, dtype, seed=13, trimmed=trimmed))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_certain_draft(dtype: torch.dtype) -> None:
+    """A token that was looked up, not drawn: the rest of its row is -inf."""
+    case = rejection_case(17, 5, 257, dtype, seed=3)
+    draft_logits = torch.full((17, at.GAMMA_MAX, 257), -torch.inf, dtype=dtype)
+    for b, row in enumerate(case.state.rows.tolist()):
+        for j in range(row[at.DRAFTED]):
+            draft_logits[b, j, int(case.state.sequence[b, row[at.LENGTH] + j])] = 0.0
+    certain = torch.zeros(17, at.GAMMA_MAX)
+    case.arguments |= {
+        "draft_logits": draft_logits, "draft_cutoffs": certain, "draft_lse": certain,
+    }  # fmt: skip
+    after = compare(case)
+    live = after.rows[:, at.COMMITTED] > 0
+    assert (after.rows[live, at.ACCEPTED] > 0).any()
+    assert (after.rows[live, at.ACCEPTED] < after.rows[live, at.GAMMA]).any()
+
+
 @pytest.mark.parametrize("trimmed", [False, True], ids=["same-ids", "id-map"])
 @pytest.mark.parametrize(
     ("top_k", "top_p"), [(0, 1.0), (20, 1.0), (0, 0.8), (30, 0.7)], ids=["all", "k", "p", "kp"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from speckv.decoding import EagerLoop, RequestBatch, eager
+from speckv.decoding.lookup import Lookup
 from speckv.kernels import layout as at
 from speckv.kernels import reference
 from speckv.policies import CostTable, Mlp, Policy
@@ -95,6 +96,11 @@ class Setting:
         As in `SamplingParams`.
     trimmed : bool
         The draft knows three of the five tokens, in another order.
+    lookup : Lookup, optional
+        Drafts by lookup too, or, without a ``model``, by nothing else.
+    model : bool
+        Whether there is a draft model.
+    prompt : tuple of int
     seed : int
         One for all runs, which differ by their request ids.
     """
@@ -105,6 +111,9 @@ class Setting:
     top_p: float = 1.0
     trimmed: bool = False
     seed: int = 2026
+    lookup: Lookup | None = None
+    model: bool = True
+    prompt: tuple[int, ...] = PROMPT
 
     @property
     def warp(self) -> Warp:
@@ -113,7 +122,7 @@ class Setting:
     @property
     def law(self) -> np.ndarray:
         """The target's exact joint law of a run's tokens (`law.exact_joint`)."""
-        return exact_joint(TARGET, PROMPT, LENGTH, self.warp)
+        return exact_joint(TARGET, self.prompt, LENGTH, self.warp)
 
     @property
     def params(self) -> SamplingParams:
@@ -161,15 +170,16 @@ def run(
 ) -> Runs:
     """Decode ``runs`` requests, by the package's own operations or by stand-ins for them."""
     draft = DRAFT[..., _ID_MAP.long()] if setting.trimmed else DRAFT
-    capacity = len(PROMPT) + LENGTH
+    capacity = len(setting.prompt) + LENGTH
     ops = eager.operations(torch.device("cpu")) if operations is None else operations
     with patch.object(eager, "operations", return_value=ops):
         loop = EagerLoop(
             TabularModel(TARGET),
-            TabularModel(draft),
+            TabularModel(draft) if setting.model else None,
             batch=min(BATCH, runs),
             capacity=capacity,
             id_map=_ID_MAP if setting.trimmed else None,
+            lookup=setting.lookup,
         )
     policy = history_policy() if policy is None else policy
     tokens: list[list[int]] = []
@@ -177,7 +187,7 @@ def run(
     for first in range(0, runs, BATCH):
         size = min(BATCH, runs - first)
         batch = RequestBatch.build(
-            [PROMPT] * size,
+            [setting.prompt] * size,
             [setting.params] * size,
             eos_ids=[],
             max_length=capacity,
@@ -203,12 +213,13 @@ def plain_tokens(setting: Setting, runs: int) -> Tensor:
     scaled = rows * torch.tensor(1.0 / setting.temperature)
     scaled = torch.where(kept, scaled, -torch.inf).view_as(TARGET)
     request, ids = torch.arange(runs)[:, None], torch.arange(VOCAB).expand(runs, -1)
-    tokens = torch.tensor(PROMPT).repeat(runs, 1)
-    for position in range(len(PROMPT), len(PROMPT) + LENGTH):
+    start = len(setting.prompt)
+    tokens = torch.tensor(setting.prompt).repeat(runs, 1)
+    for position in range(start, start + LENGTH):
         noise = reference.gumbel(setting.seed, request, position, ids)
         logits = scaled[(position - 1) % TARGET.shape[0], tokens[:, -2], tokens[:, -1]]
         tokens = torch.cat([tokens, (logits + noise).argmax(-1, keepdim=True)], 1)
-    return tokens[:, len(PROMPT) :]
+    return tokens[:, start:]
 
 
 class NoiseTable:
