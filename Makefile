@@ -6,6 +6,7 @@ SHELL := bash
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= bench/history/gpu
+WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROMPT := Explain in three sentences how a rainbow forms.
@@ -25,10 +26,12 @@ demo: $(STAMP)
 	@$(BIN)/speckv generate --chat --max-new-tokens 96 "$(PROMPT)"
 
 # Kernels run in Triton's interpreter or compile ahead of time, never both in one process: the
-# choice is made when a kernel is first imported. Hence two pytest processes.
+# choice is made when a kernel is first imported. Hence two runs of pytest, each of WORKERS
+# processes with one thread: threads of several processes would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 test: lint
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "interpreter and not slow"
-	env -u TRITON_INTERPRET $(BIN)/python -m pytest -m "not interpreter and not slow"
+	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not slow"
+	env -u TRITON_INTERPRET $(PYTEST) -m "not interpreter and not slow"
 
 test-full: $(STAMP)
 	$(BIN)/python tests/report.py --out bench/history/test-full.json

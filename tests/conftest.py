@@ -79,8 +79,15 @@ def _audit(config: pytest.Config, report: pytest.TestReport | pytest.CollectRepo
         config.stash[_OFFENCES].append(f"{report.nodeid}: {reason}")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object | None) -> None:
+    """Take over what a worker of pytest-xdist noted: it has the reports, this process the say."""
+    config: pytest.Config = node.config
+    config.stash[_OFFENCES] += getattr(node, "workeroutput", {}).get("offences", [])
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    offences = terminalreporter.config.stash[_OFFENCES]
+    offences = sorted(set(terminalreporter.config.stash[_OFFENCES]))
     if offences:
         terminalreporter.section("skip audit", red=True)
         terminalreporter.line(
@@ -92,6 +99,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    workeroutput = getattr(session.config, "workeroutput", None)
+    if workeroutput is not None:
+        workeroutput["offences"] = sorted(set(session.config.stash[_OFFENCES]))
+        return
     passing = (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
     if session.config.stash[_OFFENCES] and exitstatus in passing:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -259,7 +259,8 @@ def project(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytes
     return pytester
 
 
-def test_unexplained_skips_fail_the_run(project: pytest.Pytester) -> None:
+@pytest.mark.parametrize("workers", ["", "-n2"])
+def test_unexplained_skips_fail_the_run(project: pytest.Pytester, workers: str) -> None:
     bodies = (
         "def test_it(): pytest.skip('no time')",
         "@pytest.mark.skip(reason='later')\ndef test_it(): pass",
@@ -270,7 +271,7 @@ def test_unexplained_skips_fail_the_run(project: pytest.Pytester) -> None:
     )
     files = {f"test_{i}": f"import pytest\n{body}\n" for i, body in enumerate(bodies)}
     project.makepyfile(**files, test_passes="def test_it(): pass")
-    result = project.runpytest_subprocess("-p", "no:cacheprovider")
+    result = project.runpytest_subprocess("-p", "no:cacheprovider", *workers.split())
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     summary = result.stdout.str().partition("skip audit")[2]
     assert set(re.findall(r"^  (test_\d).py", summary, flags=re.MULTILINE)) == set(files)

@@ -33,6 +33,7 @@ from ..models.weights import TensorSource
 from ..policies import CostTable
 from ..prompts import Prompt
 from .acceptance import count_accepted, predict_speedup
+from .card import to_markdown
 from .corpus import Corpus, CorpusRecipe
 from .examples import Examples
 from .student import Student
@@ -251,6 +252,8 @@ class _Distillation:
             layers=best.layers,
             card=card,
         )
+        text = to_markdown(manifest)
+        write_atomically(out / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
         for name in (_STATE, _SEARCH, _SETTINGS):  # settings last: they guard the other two
             (self._folder / name).unlink(missing_ok=True)
         return manifest
