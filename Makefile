@@ -28,13 +28,13 @@ demo: $(STAMP)
 # Kernels run in Triton's interpreter or compile ahead of time, never both in one process: the
 # choice is made when a kernel is first imported. Hence two runs of pytest, each of WORKERS
 # processes with one thread: threads of several processes would wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 test: lint
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not slow"
 	env -u TRITON_INTERPRET $(PYTEST) -m "not interpreter and not slow"
 
 test-full: $(STAMP)
-	$(BIN)/python tests/report.py --out bench/history/test-full.json
+	$(BIN)/python tests/report.py --workers $(WORKERS) --out bench/history/test-full.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -34,6 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             marks.add("interpreter")
         if "gpu" in marks:
             needing_gpu.append(item)
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
         unsuited = marks & ({"aot", "gpu"} if INTERPRETED else {"interpreter"})
         (wrong_mode if unsuited else kept).append(item)
     if wrong_mode:
@@ -42,6 +43,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if needing_gpu and not _has_gpu():
         for item in needing_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _group(item: pytest.Item) -> str:
+    """Tests that one worker of pytest-xdist runs: a file's, or a compression's where it has them.
+
+    Fixtures load models and decode plainly by file and compression.
+    """
+    parameters = getattr(item, "callspec", None)
+    compression = parameters.params.get("compression", "") if parameters is not None else ""
+    return f"{item.path.relative_to(HERE)} {compression}"
 
 
 def _has_gpu() -> bool:

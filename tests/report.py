@@ -44,8 +44,13 @@ SUITES = (
 )
 
 
-def run_suite(suite: Suite, extra: Sequence[str] = ()) -> dict[str, Any]:
+def run_suite(suite: Suite, workers: int) -> dict[str, Any]:
     """Run one suite in the repository root; its output goes to the terminal.
+
+    Parameters
+    ----------
+    workers : int
+        Processes of a pytest suite, of one thread each.
 
     Returns
     -------
@@ -57,9 +62,10 @@ def run_suite(suite: Suite, extra: Sequence[str] = ()) -> dict[str, Any]:
         environment["TRITON_INTERPRET"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
-        arguments = [*suite.arguments, *extra]
+        arguments = [*suite.arguments]
         if suite.pytest:
-            arguments += [f"--junitxml={junit}"]
+            environment["OMP_NUM_THREADS"] = "1"
+            arguments += ["-n", str(workers), "--dist", "loadgroup", f"--junitxml={junit}"]
         print(f"== {suite.name}: {' '.join(suite.arguments)}", flush=True)
         started = time.monotonic()
         done = subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT, env=environment)
@@ -164,11 +170,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run all suites, write the report, and return 0 if every one of them passed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="where to write the JSON")
+    parser.add_argument("--workers", type=int, default=2, help="processes of a pytest run")
     options = parser.parse_args(arguments)
 
     started = datetime.now(timezone.utc)
     tested = commit()
-    suites = {suite.name: run_suite(suite) for suite in SUITES}
+    suites = {suite.name: run_suite(suite, options.workers) for suite in SUITES}
     cells = [cell for outcome in suites.values() for cell in outcome.pop("lossless", [])]
     passed = all(outcome["exit_code"] == 0 for outcome in suites.values())
     document = {
