@@ -4,7 +4,7 @@
 
 Transformers runs the distilled draft as an assistant of its own kind, with its default settings and
 with the draft length and confidence threshold that are fastest on other prompts (``--tune`` of each
-task). Its draft is the same weights: a test compares the logits. A figure is the median over
+task). Its draft has the same weights, in the module that trained them. A figure is the median over
 prompts of the ratio of tokens per second, with a bootstrap interval over prompts.
 """
 

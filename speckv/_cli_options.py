@@ -30,7 +30,7 @@ Draft = Annotated[
 Policy = Annotated[
     str | None,
     typer.Option(
-        help="How far to speculate: fixed:K, entropy:T, confidence:T, paper or speckv."
+        help="How far to speculate: fixed:K, entropy:T, confidence:T, paper, speckv or file:PATH."
         f" [default: {DEFAULT_POLICY}]"
     ),
 ]
