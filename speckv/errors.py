@@ -6,7 +6,7 @@ raises one of the classes below. Each message is one line: what failed, and what
 
 from __future__ import annotations
 
-__all__ = ["ModelError", "NumericsError", "PolicyError", "SpeckvError"]
+__all__ = ["ModelError", "NumericsError", "PolicyError", "SpeckvError", "TraceError"]
 
 
 class SpeckvError(Exception):
@@ -23,3 +23,7 @@ class NumericsError(SpeckvError, RuntimeError):
 
 class PolicyError(SpeckvError, ValueError):
     """A policy cannot be used: an unknown name, or a weight file of another format or version."""
+
+
+class TraceError(SpeckvError, ValueError):
+    """A trace file cannot be used: missing, damaged, or of another format or version."""
