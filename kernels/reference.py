@@ -182,6 +182,8 @@ def draft_step(
             continue
         signals = token_signals(x, token)
         state.signals[b, drafted] = torch.tensor(signals)
+        # What is decided from is what is kept: a replay of kept signals decides alike.
+        signals = state.signals[b, drafted].tolist()
         running = fold_signals(running, signals, drafted)
         state.running[b] = torch.tensor(running)
         state.sequence[b, rows[at.LENGTH] + drafted] = (

@@ -133,16 +133,9 @@ class EagerLoop:
         if draft is not None:
             self._draft_cache = draft.new_cache(batch, min(capacity, draft.max_positions))
         self._id_map = id_map
-        self._draft_ids = None
-        if draft is not None and (id_map is not None or draft.vocab_size < target.vocab_size):
-            known = torch.arange(draft.vocab_size, device=target.device)
-            self._draft_ids = invert(known if id_map is None else id_map, target.vocab_size)
-        # A draft with a trimmed head embeds more ids than it proposes: the target's. One with a
-        # vocabulary of its own is fed its own ids, its first for a target token that it lacks.
-        self._draft_input_ids = None
-        if self._draft_ids is not None and draft is not None:
-            trimmed = draft.vocab_size < draft.embedding_size >= target.vocab_size
-            self._draft_input_ids = None if trimmed else self._draft_ids.clamp(min=0)
+        self._draft_ids = self._draft_input_ids = None
+        if draft is not None:
+            self._draft_ids, self._draft_input_ids = draft_vocabulary(target, draft, id_map)
         self._rejection_rows: DraftRows | None = None
 
     @torch.inference_mode()
@@ -461,6 +454,28 @@ def scatter(rows: Tensor, slots: list[int], size: int) -> Tensor:
     full = rows.new_zeros(size, *rows.shape[1:])
     full[slots] = rows
     return full
+
+
+def draft_vocabulary(
+    target: CausalModel, draft: CausalModel, id_map: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """How target ids become the draft's; None: they are the same.
+
+    Returns
+    -------
+    draft_ids : int32 [V] or None
+        Draft id of each target id, -1 where there is none.
+    input_ids : int32 [V] or None
+        The id that the draft is fed for each target token.
+    """
+    if id_map is None and draft.vocab_size >= target.vocab_size:
+        return None, None
+    known = torch.arange(draft.vocab_size, device=target.device)
+    draft_ids = invert(known if id_map is None else id_map, target.vocab_size)
+    # A draft with a trimmed head embeds more ids than it proposes: the target's. One with a
+    # vocabulary of its own is fed its own ids, its first for a target token that it lacks.
+    trimmed = draft.vocab_size < draft.embedding_size >= target.vocab_size
+    return draft_ids, None if trimmed else draft_ids.clamp(min=0)
 
 
 def invert(id_map: Tensor, vocab_size: int) -> Tensor:

@@ -1,0 +1,216 @@
+"""Replay on made-up traces: worked by hand, by brute force, and with a poisoned future."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from speckv.kernels import layout as at
+from speckv.kernels import reference
+from speckv.kernels.layout import GAMMA_MAX, StepState
+from speckv.policies import CostTable, parse_policy
+from speckv.traces.packed import PackedController
+from speckv.traces.replay import Controller, Oracle, Replayed, replay
+from speckv.traces.schema import Answer, Trace, join
+from tests.traces.conftest import POLICIES, survival_policy
+from tests.traces.synthetic import COST, INFO, made_up_rows, made_up_trace
+
+CHEAP = CostTable(
+    tuple(1.0 + 0.1 * g for g in range(16)), tuple(0.001 * (1 + g) for g in range(16))
+)
+
+
+def controller(name: str, cost: CostTable = COST) -> PackedController:
+    return PackedController(POLICIES[name].pack("fp32", cost))
+
+
+def one_answer(accepted: list[int], limit: int, prompt: int = 5) -> Trace:
+    rows = made_up_rows(np.random.default_rng(0), len(accepted))
+    rows = replace(rows, accepted=np.array(accepted, dtype=np.int8))
+    answer = Answer(0, "code", "fp32", 0.0, 0, limit, tuple(range(prompt)))
+    return join(INFO, [(answer, rows)])
+
+
+@cache
+def trace_of_one_compression() -> Trace:
+    return made_up_trace(prompts=16, length=60, compressions=("fp32",))
+
+
+def test_worked_by_hand() -> None:
+    """Ten tokens at most, of which eight came: the last is an end-of-sequence token."""
+    #                   place: 0  1  2  3  4  5  6  7
+    trace = one_answer(accepted=[0, 2, 0, 1, 0, 3, 2, 1], limit=10)
+    found = replay(trace, controller("fixed:4"), CHEAP)
+    # From 1: two accepted and one more, 4; from 4: none, 5; from 5: all three that are left.
+    assert found.steps_of(0) == [(4, 2), (4, 0), (4, 3)]
+    assert found.tokens.tolist() == [7] and found.steps.tolist() == [3]
+    assert found.histogram[0].tolist() == [0, 0, 0, 0, 3] + [0] * 11
+    lengths = 5 + np.array([1, 4, 5])
+    assert found.ms[0] == pytest.approx(sum(1.4 + 0.005 * lengths))
+    assert found.tokens_per_step == pytest.approx(7 / 3)
+    assert found.tokens_per_second == pytest.approx(7e3 / found.ms[0])
+
+
+def test_gamma_leaves_room_for_the_targets_own_token() -> None:
+    trace = one_answer(accepted=[0, 0, 6, 5, 4, 3, 2, 1], limit=8)
+    found = replay(trace, controller("fixed:15"), CHEAP)
+    assert found.steps_of(0) == [(6, 0), (5, 5)]
+
+
+def test_an_answer_of_one_token_has_no_step() -> None:
+    found = replay(one_answer([1], limit=4), controller("fixed:4"), CHEAP)
+    assert found.steps_of(0) == [] and found.tokens.tolist() == [0]
+    assert np.isnan(found.tokens_per_second) and np.isnan(found.tokens_per_step)
+
+
+def test_plain_decoding() -> None:
+    trace = trace_of_one_compression()
+    found = replay(trace, controller("fixed:0"), COST)
+    np.testing.assert_array_equal(found.steps, trace.lengths - 1)
+    assert found.tokens_per_step == 1.0
+    assert found.tokens_per_second == pytest.approx(1e3 / COST.step_ms[0])
+
+
+def least_ms(trace: Trace, cost: CostTable, place: int) -> float:
+    """By trying every γ everywhere."""
+    length, limit = int(trace.lengths[0]), trace.answers[0].limit
+    if place >= length:
+        return 0.0
+    context = len(trace.answers[0].prompt_tokens) + place
+    accepted = int(trace.rows.accepted[place])
+    return min(
+        cost.step_ms[g]
+        + cost.step_ms_per_context_token[g] * context
+        + least_ms(trace, cost, min(place + min(g, accepted) + 1, length))
+        for g in range(min(GAMMA_MAX, limit - place - 1) + 1)
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_oracle_takes_the_least_time(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    length = 7
+    accepted = np.minimum(rng.integers(0, 5, length), length - np.arange(length))
+    trace = one_answer(accepted.tolist(), limit=int(rng.integers(length, length + 3)))
+    for cost in (CHEAP, COST):
+        found = replay(trace, Oracle(trace, cost), cost)
+        assert found.ms[0] == pytest.approx(least_ms(trace, cost, 1))
+
+
+def test_no_policy_beats_the_oracle() -> None:
+    trace = trace_of_one_compression()
+    best = replay(trace, Oracle(trace, COST), COST)
+    for name in POLICIES:
+        found = replay(trace, controller(name), COST)
+        assert (found.ms >= best.ms - 1e-9).all(), name
+        np.testing.assert_array_equal(found.tokens, best.tokens)
+
+
+def test_answers_do_not_meddle() -> None:
+    """Each answer's steps are those it has alone."""
+    trace = trace_of_one_compression()
+    for name in ("survival", "speckv"):
+        together = replay(trace, controller(name), COST)
+        for i in (0, 5, 17):
+            alone = trace.where(lambda a, i=i: a == trace.answers[i])
+            found = replay(alone, controller(name), COST)
+            assert found.steps_of(0) == together.steps_of(i)
+            assert found.ms[0] == together.ms[i]
+
+
+def test_near_ties_are_decided_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With everything called a near tie, the replay is the reference's alone, and the same."""
+    trace = made_up_trace(prompts=6, length=30, compressions=("fp32",))
+    for seed in (10, 53):
+        packed = survival_policy("s", seed).pack("fp32", COST)
+        fast = replay(trace, PackedController(packed), COST)
+        with monkeypatch.context() as patch:
+            patch.setattr("speckv.traces.packed._NEARLY_EQUAL", 1e9)
+            exact = replay(trace, PackedController(packed), COST)
+        assert fast.gamma.tolist() == exact.gamma.tolist()
+        assert len(set(fast.gamma.tolist())) > 4
+
+
+# causality
+
+
+def poisoned(trace: Trace, found: Replayed) -> Trace:
+    """Every signal that no step drafted becomes rubbish."""
+    rng = np.random.default_rng(1)
+    drafted = np.zeros((len(trace.rows), GAMMA_MAX), dtype=bool)
+    for i in range(len(trace.answers)):
+        place = 1
+        for gamma, accepted in found.steps_of(i):
+            drafted[trace.first[i] + place, :gamma] = True
+            place += accepted + 1
+    signals = trace.rows.signals.copy()
+    rubbish = rng.choice(np.array([np.nan, 0.0, 1.0, -5.0, 1e9], np.float32), signals.shape)
+    signals[~drafted] = rubbish[~drafted]
+    return replace(trace, rows=replace(trace.rows, signals=signals))
+
+
+def assert_causal(trace: Trace, make: Callable[[], Controller], cost: CostTable = COST) -> None:
+    """Signals of tokens that were not drafted change no decision."""
+    found = replay(trace, make(), cost)
+    again = replay(poisoned(trace, found), make(), cost)
+    for name in ("lane", "gamma", "accepted"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_replay_is_causal(name: str) -> None:
+    assert_causal(trace_of_one_compression(), lambda: controller(name))
+
+
+def test_the_causality_test_can_fail() -> None:
+    class Peeking(PackedController):
+        """Looks at a token that it has not drafted."""
+
+        def begins(self, lanes: np.ndarray, length: np.ndarray) -> np.ndarray:
+            trace = Peeking.shown
+            first = trace.first[lanes] + length
+            first -= np.array([len(a.prompt_tokens) for a in trace.answers])[lanes]
+            more: np.ndarray = trace.rows.signals[first, 0, at.CONFIDENCE] > 0.5
+            return more
+
+        shown: Trace
+
+    trace = trace_of_one_compression()
+    packed = parse_policy("fixed:4").pack()
+    Peeking.shown = trace
+    found = replay(trace, Peeking(packed), COST)
+    Peeking.shown = poisoned(trace, found)
+    again = replay(Peeking.shown, Peeking(packed), COST)
+    assert found.gamma.tolist() != again.gamma.tolist()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_draft_step_is_causal(name: str) -> None:
+    """Nothing beyond the drafted tokens is read: neither signals nor the sequence."""
+    packed = POLICIES[name].pack("fp32", COST)
+    draw = torch.Generator().manual_seed(3)
+    logits = [torch.randn(2, 50, generator=draw) * (1 + j % 4) for j in range(GAMMA_MAX)]
+    states = []
+    for rubbish in (0.0, float("nan"), 1e9):
+        state = StepState.allocate(2, 64)
+        for row in range(2):
+            state.reset(row, [1, 2, 3], limit=40, request=row)
+        state.rows[:, at.STOP] = 0
+        for x in logits:
+            drafted = state.rows[:, at.DRAFTED].tolist()
+            for row, count in enumerate(drafted):
+                state.signals[row, count:] = rubbish
+                state.sequence[row, 3 + count :] = 7 if rubbish else 0
+            reference.draft_step(x, state, packed)
+        for row, count in enumerate(state.rows[:, at.DRAFTED].tolist()):
+            state.signals[row, count:] = 0.0
+            state.sequence[row, 3 + count :] = 0
+        states.append(state)
+    for state in states[1:]:
+        for field in ("rows", "running", "signals", "sequence"):
+            assert torch.equal(getattr(state, field), getattr(states[0], field)), field
