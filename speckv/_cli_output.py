@@ -74,9 +74,9 @@ def histogram_lines(histogram: Mapping[int, int]) -> list[str]:
     ]
 
 
-def to_json(document: Mapping[str, Any]) -> str:
-    """One line of strict JSON; NaN and infinities, which JSON lacks, become null."""
-    return json.dumps(_finite(document), allow_nan=False)
+def to_json(document: Mapping[str, Any], indent: int | None = None) -> str:
+    """Strict JSON, one line unless indented; NaN and infinities, which it lacks, become null."""
+    return json.dumps(_finite(document), allow_nan=False, indent=indent)
 
 
 @contextmanager

@@ -273,6 +273,33 @@ def distill(
 
 
 @app.command()
+def paper(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder with the CSV files that SpecKV released.")
+    ],
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the headline numbers.")
+    ] = None,
+    details: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write everything else, as JSON.")
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write plots, as PNG files.")
+    ] = None,
+) -> None:
+    """Repeat the evaluation of SpecKV (arXiv 2605.02888) on its released data.
+
+    Beside it: controls, and what the same choices mean in tokens per second.
+    """
+    from rich.console import Console
+
+    from ._cli_output import stderr_console
+    from ._cli_paper import run_paper
+
+    run_paper(folder, json, details, plots, Console(highlight=False), stderr_console())
+
+
+@app.command()
 def doctor(
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout, nothing else.")
