@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ class DistillOptions:
     """What the command line says; see the command for each option."""
 
     target: str | None
-    out: Path
+    out: Path | None
     prompts: str
     max_new_tokens: int
     epochs: float
@@ -74,6 +75,23 @@ def read_prompts(text: str, seed: int) -> list[Prompt]:
     return load_prompts(path)
 
 
+def command_line(arguments: Sequence[str]) -> str:
+    """A command as a draft's card shows it: of paths only the names, since the card travels."""
+    shown, before = [], ""
+    for argument in arguments:
+        joined = argument.startswith("--") and "=" in argument
+        option, sign, value = argument.partition("=") if joined else ("", "", argument)
+        if (option or before) in ("--out", "--prompts") or _is_path(value):
+            value = Path(value).name
+        shown.append(f"{option}{sign}{value}")
+        before = argument
+    return shlex.join(["speckv", *shown])
+
+
+def _is_path(text: str) -> bool:
+    return "/" in text and (text[0] in "/.~" or Path(text).exists())
+
+
 def run_distill(options: DistillOptions, console: Console) -> SliceManifest | None:
     """Distill; errors are those of `speckv.training.distill.distill`."""
     layers = tuple(parse_layers(text) for text in options.layers)
@@ -100,7 +118,7 @@ def run_distill(options: DistillOptions, console: Console) -> SliceManifest | No
             compression=options.compression,
             device=options.device,
             corpus_only=options.corpus_only,
-            command=f"speckv {shlex.join(sys.argv[1:])}",
+            command=command_line(sys.argv[1:]),
         )
 
 

@@ -192,8 +192,11 @@ def chat(
 
 @app.command()
 def distill(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the draft.")],
     target: opt.Target = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder of the draft; needed unless --corpus-only."),
+    ] = None,
     prompts: Annotated[
         str,
         typer.Option(

@@ -52,7 +52,7 @@ def evaluation_prompts(per_task: int | None = None) -> list[Prompt]:
     """
     most = min(map(len, EVALUATION.values()))
     if per_task is not None and not 1 <= per_task <= most:
-        raise ValueError(f"per_task must be from 1 to {most}, got {per_task}")
+        raise ValueError(f"per_task: expected 1 to {most}, got {per_task}")
     turns = range(max(map(len, EVALUATION.values())) if per_task is None else per_task)
     return [
         Prompt(task, texts[turn])

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from speckv import cli
 from speckv._cli_options import ModelOptions, resolve_policy
-from speckv._cli_output import histogram_lines, progress_bar, stdout_to_stderr, to_json
 from speckv._cli_run import follow
 from speckv.decoding.stats import Stats
 from speckv.errors import ModelError, NumericsError, PolicyError, SpeckvError
 from speckv.results import Chunk, Result
 from speckv.sampling import SamplingParams
 
-ROOT = Path(__file__).resolve().parent.parent
 WORDS = ("The", " sky", " is", " blue", ".")
 
 
@@ -121,9 +114,6 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 Capture = pytest.CaptureFixture[str]
-
-
-# generate
 
 
 def test_text_goes_to_stdout_and_everything_else_to_stderr(
@@ -257,9 +247,6 @@ def test_ctrl_c_while_loading(monkeypatch: pytest.MonkeyPatch, capsys: Capture) 
     assert capsys.readouterr().out == ""
 
 
-# generate --compare
-
-
 def test_compare_is_interleaved_and_takes_medians(engine: FakeEngine, capsys: Capture) -> None:
     # The first of each is the warm-up. Five tokens each: 10, 5 and 20 tokens/s in the first round.
     engine.seconds = {
@@ -318,9 +305,6 @@ def test_ctrl_c_in_a_comparison_keeps_the_generation(engine: FakeEngine, capsys:
     assert document["text"] == "The sky is blue." and "compare" not in document
 
 
-# bad input
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -370,88 +354,6 @@ def test_bad_arguments_are_one_line_and_code_2(
     assert message in err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "Missing option '--out'"),
-        (["--out", "d", "--prompts", "0"], "--prompts: expected 1 to 100000, got 0"),
-        (["--out", "d", "--prompts", "100001"], "--prompts: expected 1 to 100000, got 100001"),
-        (["--out", "d", "--prompts", "-3"], "--prompts: expected a number or a file, got '-3'"),
-        (["--out", "d", "--prompts", "x.txt"], "--prompts: expected a number or a file, got 'x.t"),
-        (["--out", "d", "--prompts", "1"], "prompts: expected at least 2"),
-        (["--out", "d", "--layers", "a"], "--layers: expected rising numbers such as 0,1,29, got"),
-        (["--out", "d", "--layers", ""], "--layers: expected rising numbers such as 0,1,29, got"),
-        (["--out", "d", "--layers", "1,0"], "--layers: expected rising numbers such as 0,1,29, g"),
-        (["--out", "d", "--layers", "1,1"], "--layers: expected rising numbers such as 0,1,29, g"),
-        (["--out", "d", "--layers", "-1"], "--layers: expected rising numbers such as 0,1,29, go"),
-        (["--out", "d", "--head", "0"], "heads: expected sizes from 1 on, got [0]"),
-        (["--out", "d", "--head", "many"], "Invalid value for '--head'"),
-        (["--out", "d", "--epochs", "0"], "epochs: expected more than 0, got 0.0"),
-        (["--out", "d", "--epochs", "nan"], "epochs: expected more than 0, got nan"),
-        (["--out", "d", "--learning-rate", "-1"], "learning_rate: expected more than 0, got -1.0"),
-        (["--out", "d", "--max-new-tokens", "0"], "max_new_tokens: expected at least 1, got 0"),
-        (["--out", "d", "--seed", "-1"], "seed: expected 0 to 4294967295, got -1"),
-    ],
-)
-def test_bad_arguments_of_distill(
-    capsys: Capture,
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    short = ["--prompts", "4"] if "--prompts" not in arguments else []
-    assert cli.run(["distill", *short, *arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and not list(tmp_path.iterdir()), "refused before anything is read or written"
-    assert err.startswith("error: ") and err.count("\n") == 1
-    assert message in err
-
-
-def test_options_reach_the_distillation(
-    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from speckv.training import distill as module
-
-    calls: list[Any] = []
-    monkeypatch.setattr(module, "distill", lambda *given, **options: calls.append((given, options)))
-    options = (
-        f"--out {tmp_path} --target t --prompts 5 --max-new-tokens 7 --epochs 2.5 --layers 0,2 "
-        "--layers 1 --head 30 --head 60 --learning-rate 0.01 --seed 4 --compression int8 "
-        "--device cpu --corpus-only"
-    )
-    assert cli.run(["distill", *options.split()]) == 0
-    ((source, out, prompts, recipe, _), named), *rest = calls
-    assert not rest and (source, out, len(prompts)) == ("t", tmp_path, 5)
-    assert (recipe.epochs, recipe.layers, recipe.heads) == (2.5, ((0, 2), (1,)), (30, 60))
-    assert (recipe.corpus.max_new_tokens, recipe.corpus.seed) == (7, 4)
-    assert (recipe.training.learning_rate, recipe.training.seed) == (0.01, 4)
-    assert (named["compression"], named["device"], named["corpus_only"]) == ("int8", "cpu", True)
-    assert cli.run(["distill", "--out", str(tmp_path), "--prompts", "5"]) == 0
-    (source, _, _, recipe, _), named = calls[1]
-    assert source is None and recipe == module.DistillRecipe() and not named["corpus_only"]
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_progress_of_distill(terminal: bool) -> None:
-    from speckv._cli_distill import Progressing
-
-    shown = io.StringIO()
-    console = Console(file=shown, force_terminal=terminal, width=100, highlight=False)
-    with Progressing(console) as reporter:
-        reporter.stage("Corpus", 2000)
-        reporter.advance(1500, "9 tokens")
-        reporter.line("step 1: [all]")
-        reporter.stage("Training", 7)
-        reporter.advance(5, "loss 0.5")
-    assert "step 1: [all]\n" in shown.getvalue()
-    for text in ("Corpus", "Training", "5 of 7", "loss 0.5"):
-        assert (text in shown.getvalue()) == terminal
-    if not terminal:
-        assert shown.getvalue() == "step 1: [all]\n"
-
-
 def test_unknown_command(no_engine: None, capsys: Capture) -> None:
     assert cli.run(["generat"]) == 2
     assert "No such command 'generat'" in capsys.readouterr().err
@@ -495,9 +397,6 @@ def test_gamma_is_short_for_fixed() -> None:
     assert resolve_policy(None, None) == "speckv"
     assert resolve_policy("confidence:0.4", None) == "confidence:0.4"
     assert [resolve_policy(None, gamma) for gamma in (0, 15)] == ["fixed:0", "fixed:15"]
-
-
-# chat
 
 
 @pytest.fixture
@@ -575,104 +474,3 @@ def test_chat_goes_on_after_an_error(
     err = capsys.readouterr().err
     assert "error: prompt: expected at most 9 tokens, got 10" in err
     assert "no answer yet" in err
-
-
-# what is shown
-
-
-def test_histogram_fills_gaps_and_never_hides_a_step() -> None:
-    lines = histogram_lines({3: 1000, 1: 1})
-    assert [line.split("│")[0] for line in lines] == ["γ  0 ", "γ  1 ", "γ  2 ", "γ  3 "]
-    assert [line.split("│")[2] for line in lines] == [" 0", " 1", " 0", " 1000"]
-    bars = [line.split("│")[1] for line in lines]
-    assert {len(bar) for bar in bars} == {30}
-    assert bars[0].strip() == "" and bars[1].strip() == "▏" and bars[3] == "█" * 30
-    assert histogram_lines({}) == []
-
-
-def test_a_progress_bar_is_for_terminals_only() -> None:
-    for terminal in (False, True):
-        console = Console(file=io.StringIO(), force_terminal=terminal, width=60)
-        with progress_bar(console, "comparing", 4) as advance:
-            advance(4)
-        shown = console.file.getvalue()  # type: ignore[attr-defined]
-        assert ("comparing" in shown and "100%" in shown) if terminal else shown == ""
-
-
-def test_json_has_no_nan() -> None:
-    document = {"a": float("nan"), "b": [1.5, float("inf")], "c": {2: "γ"}}
-    assert json.loads(to_json(document)) == {"a": None, "b": [1.5, None], "c": {"2": "γ"}}
-
-
-def test_stdout_of_child_processes_is_redirected_too(capfd: Capture) -> None:
-    with stdout_to_stderr():
-        print("from here")
-        subprocess.run([sys.executable, "-c", "print('from a child')"], check=True)
-    print("after")
-    sys.stdout.flush()
-    out, err = capfd.readouterr()
-    assert out == "after\n"
-    assert "from here" in err and "from a child" in err
-
-
-# the installed program
-
-
-def _program(*arguments: str, script: str = "", **options: Any) -> subprocess.CompletedProcess[str]:
-    program = f"import sys; from speckv import cli; {script}\nsys.argv[0] = 'speckv'; cli.main()"
-    return subprocess.run(
-        [sys.executable, "-c", program, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
-        **options,
-    )
-
-
-def test_version_and_help() -> None:
-    done = _program("--version")
-    assert (done.returncode, done.stdout) == (0, f"speckv {cli.__version__}\n")
-    for arguments in ([], ["--help"]):
-        done = _program(*arguments)
-        assert done.returncode == 0
-        assert all(name in done.stdout for name in ("generate", "chat", "doctor"))
-    assert "--compare" in _program("generate", "--help").stdout
-
-
-def test_help_and_mistakes_do_not_import_torch() -> None:
-    check = (
-        "import atexit; "
-        "atexit.register(lambda: print([m for m in ('torch', 'transformers') if m in sys.modules]))"
-    )
-    for arguments in (["generate", "--help"], ["generate", "a", "--top-p", "2"]):
-        done = _program(*arguments, script=check)
-        assert done.stdout.endswith("[]\n"), done.stdout
-
-
-def test_an_ascii_terminal_does_not_end_the_program() -> None:
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONUTF8": "0"}
-    done = _program(script="cli.run = lambda arguments: print('γ') or 0", env=environment)
-    assert (done.returncode, done.stdout) == (0, "?\n")
-
-
-def test_a_real_ctrl_c_while_loading() -> None:
-    script = (
-        "import time\n"
-        "def load(options): print('loading', flush=True); time.sleep(60)\n"
-        "cli.load_engine = load"
-    )
-    program = f"import sys; from speckv import cli\n{script}\ncli.main()"
-    with subprocess.Popen(
-        [sys.executable, "-c", program, "generate", "Why?"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-    ) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "loading\n"
-        child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=60)
-    assert child.returncode == 130
-    assert "Traceback" not in err

@@ -195,7 +195,7 @@ def test_wheel_contents(distributions: dict[str, Path], origin: str) -> None:
         assert f"speckv/{path.relative_to(ROOT).as_posix()}" in names
     data = [
         path
-        for pattern in ("py.typed", "*.json", "*.safetensors")
+        for pattern in ("py.typed", "*.json", "*.safetensors", "data/drafts/*/README.md")
         for path in (ROOT / "speckv").rglob(pattern)
     ]
     for path in [*data, *(ROOT / "speckv").rglob("*.py")]:

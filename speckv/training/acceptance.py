@@ -1,4 +1,4 @@
-"""How much of a draft its target accepts: the training loss, and exact counts on held-out text."""
+"""How much of a draft its target accepts: the training loss, and exact counts on its own text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..policies import CostTable
 
 
 def overlap(logits: Tensor, rows: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
-    """Acceptance of a draft under rejection sampling, and its log-likelihood.
+    """Acceptance of a draft under rejection sampling, from below, and its log-likelihood.
 
     Parameters
     ----------
@@ -29,7 +29,8 @@ def overlap(logits: Tensor, rows: Tensor, probs: Tensor) -> tuple[Tensor, Tensor
     -------
     overlap : float32 [M]
         Sum of min(p, q) over these tokens, q being the draft's probabilities: one minus the total
-        variation, but for tokens beyond ``top`` (Leviathan et al. 2023).
+        variation, but for tokens beyond ``top`` (Leviathan et al. 2023), so never more than the
+        acceptance.
     likelihood : float32 [M]
         Sum of p · log q over those that the draft has.
     """

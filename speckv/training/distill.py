@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import math
 import platform
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from .._version import __version__
 from ..decoding.calibrate import measure
@@ -36,11 +38,13 @@ from .acceptance import count_accepted, predict_speedup
 from .card import to_markdown
 from .corpus import Corpus, CorpusRecipe
 from .examples import Examples
+from .stopwatch import Stopwatch
 from .student import Student
 from .trainer import Measurement, Trainer, TrainingRecipe
 
 _DEPTHS = (1, 2, 4)
-_SETTINGS, _SEARCH, _STATE = "settings.json", "search.json", "state.pt"
+_SETTINGS, _SEARCH, _STATE, _SECONDS = "settings.json", "search.json", "state.pt", "seconds.json"
+_GAMMAS = (1, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ class _Trial:
 
 def distill(
     source: str | None,
-    out: Path,
+    out: Path | None,
     prompts: Sequence[Prompt],
     recipe: DistillRecipe,
     report: Reporter,
@@ -122,9 +126,9 @@ def distill(
     ----------
     source : str, optional
         The target, as for `load_model`; of the Llama family.
-    out : Path
-        Folder of the draft. What is unfinished stays in its folder ``unfinished``, from where the
-        same call goes on.
+    out : Path, optional
+        Folder of the draft; needed unless ``corpus_only``. What is unfinished stays in its folder
+        ``unfinished``, from where the same call goes on. A lock lies beside it, ``<out>.lock``.
     compression : str, optional
         Of the target while it writes the corpus and while costs are measured.
     corpus_root : Path, optional
@@ -147,10 +151,12 @@ def distill(
     SpeckvError
         Another process is at work in ``out``, or other settings were begun there.
     """
-    if len(prompts) < 2:
+    if out is None and not corpus_only:
+        raise ValueError("out: expected a folder, got none")
+    if len(prompts) < 3:
         raise ValueError(
-            f"prompts: expected at least 2, one to learn from and one to hold out, "
-            f"got {len(prompts)}"
+            f"prompts: expected at least 3, one to learn from, one to choose by and one to hold "
+            f"out, got {len(prompts)}"
         )
     target, tokenizer = load_model(source, compression=compression, device=device)
     if not isinstance(target, LlamaDecoder):
@@ -167,22 +173,45 @@ def distill(
     corpus = Corpus(
         corpus_root or cache_root() / "corpora", target, tokenizer, prompts, recipe.corpus
     )
-    started = time.time()
-    _write_corpus(corpus, len(prompts), report)
-    if corpus_only:
+    if out is None or corpus_only:
+        _write_corpus(corpus, len(prompts), report)
         return None
-    unfinished = out / "unfinished"
-    unfinished.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "corpus": corpus.folder.name,
+        "shards": [corpus.path(i).name for i in range(corpus.size)],
+        "recipe": asdict(recipe),
+        "layers": layers,
+    }
+    with _claimed(out, settings) as unfinished:
+        _write_corpus(corpus, len(prompts), report)
+        work = _Distillation(
+            target, open_checkpoint(source), corpus, recipe, layers, unfinished, report
+        )
+        return work.run(out, card={"command": command, "prompts": len(prompts)})
+
+
+@contextmanager
+def _claimed(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
+    """The folder of what is unfinished in ``out``, for this process and these settings alone."""
+    whole = out.expanduser().resolve()
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(whole.with_name(whole.name + ".lock"))
     try:
-        with FileLock(unfinished / "lock", timeout=0):
-            work = _Distillation(
-                target, open_checkpoint(source), corpus, recipe, layers, unfinished, report
-            )
-            return work.run(
-                out, card={"command": command, "prompts": len(prompts)}, started=started
-            )
+        lock.acquire(timeout=0)
     except Timeout as error:
         raise SpeckvError(f"{out} is in use by another distillation") from error
+    try:
+        unfinished = out / "unfinished"
+        path, text = unfinished / _SETTINGS, json.dumps(settings)
+        if path.is_file() and path.read_text() != text:
+            raise SpeckvError(
+                f"{unfinished} holds an unfinished distillation with other settings or another "
+                "corpus; repeat its command to finish it, or delete the folder"
+            )
+        _write_json(path, settings)
+        yield unfinished
+    finally:
+        lock.release()
 
 
 def _write_corpus(corpus: Corpus, prompts: int, report: Reporter) -> None:
@@ -215,35 +244,32 @@ class _Distillation:
         self._target, self._layers, self._folder = target, layers, folder
         self._config, self._tensors = checkpoint
         self._recipe, self._report = recipe, report
-        self._examples = Examples.from_shards(corpus.shards())
-        self._train, self._held_out = self._examples.split()
+        self._stopwatch = Stopwatch(folder / _SECONDS)
+        shards = list(corpus.shards())
+        self._corpus_seconds = sum(shard.seconds for shard in shards)
+        self._examples = Examples.from_shards(shards)
+        self._train, self._validation, self._held_out = self._examples.split()
         self._vocabulary = self._examples.vocabulary(
             max(recipe.heads), self._train, target.vocab_size
         )
-        self._settings = {
-            "corpus": corpus.folder.name,
-            "shards": [corpus.path(i).name for i in range(corpus.size)],
-            "recipe": asdict(recipe),
-            "layers": layers,
-        }
 
-    def run(self, out: Path, *, card: dict[str, Any], started: float) -> SliceManifest:
-        """Go on from where ``folder`` stands; write the draft; clear the folder."""
-        self._claim()
-        trials = self._search()
-        best = max(trials, key=lambda trial: trial.speedup)
+    def run(self, out: Path, *, card: dict[str, Any]) -> SliceManifest:
+        """Go on from where ``folder`` stands; write the draft; remove the folder."""
+        with self._stopwatch.stage("search"):
+            trials = self._search()
+        best = self._best(trials)
         trainer = self._trainer(best.layers, best.head)
         steps = self._steps(trainer, self._recipe.epochs)
         self._report.line(
             f"training {len(best.layers)} layers with a head of {best.head:,}: {steps:,} steps"
         )
-        self._run(trainer, steps, "Training", self._folder / _STATE)
+        with self._stopwatch.stage("training"):
+            self._run(trainer, steps, "Training", self._folder / _STATE)
         tensors = trainer.student.trainable()
         with torch.no_grad():
             for tensor in tensors.values():
                 tensor.copy_(rounded(tensor))
         card |= self._card(trainer, best, trials, steps)
-        card["seconds"] = round(time.time() - started)
         manifest = save_slice_draft(
             out,
             tensors,
@@ -254,20 +280,17 @@ class _Distillation:
         )
         text = to_markdown(manifest)
         write_atomically(out / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
-        for name in (_STATE, _SEARCH, _SETTINGS):  # settings last: they guard the other two
+        for name in (_STATE, _SEARCH, _SECONDS, _SETTINGS):  # settings last: they guard the others
             (self._folder / name).unlink(missing_ok=True)
+        shutil.rmtree(self._folder)  # what a process that was killed may have left
         return manifest
 
-    def _claim(self) -> None:
-        """Refuse to go on with what was begun with other settings."""
-        path = self._folder / _SETTINGS
-        text = json.dumps(self._settings)
-        if path.is_file() and path.read_text() != text:
-            raise SpeckvError(
-                f"{self._folder} holds an unfinished distillation with other settings or another "
-                "corpus; repeat its command to finish it, or delete the folder"
-            )
-        _write_json(path, self._settings)
+    def _best(self, trials: list[_Trial]) -> _Trial:
+        """The fastest; where none is faster than plain decoding, the one that agrees most."""
+        best = max(trials, key=lambda trial: (trial.speedup, trial.agreement))
+        if best.speedup <= 1 and len(trials) > 1:
+            self._report.line("none is predicted to be faster than plain decoding: by agreement")
+        return best
 
     def _search(self) -> list[_Trial]:
         """Trials of every depth and head; those already in the folder are not repeated."""
@@ -311,7 +334,7 @@ class _Distillation:
             id_map,
             self._examples,
             self._train,
-            self._held_out,
+            self._validation,
             self._recipe.training,
             self._target.device,
         )
@@ -334,6 +357,7 @@ class _Distillation:
                 f"step {m.step:,}: agreement {m.agreement:.1%}, overlap {m.overlap:.1%}, "
                 f"accepted {by_gamma}"
             )
+            self._stopwatch.save()
 
         trainer.run(
             steps,
@@ -344,20 +368,20 @@ class _Distillation:
 
     @property
     def _context(self) -> int:
-        """A typical context: half of the held-out sequences' mean length."""
-        return int(self._examples.lengths[self._held_out].float().mean()) // 2
+        """A typical context: half of the validation sequences' mean length."""
+        return int(self._examples.lengths[self._validation].float().mean()) // 2
 
     def _cost(self, trainer: Trainer, layers: tuple[int, ...], head: int) -> CostTable:
-        tensors = dict(trainer.student.trainable())
+        tensors = {name: t.detach() for name, t in trainer.student.trainable().items()}
         tensors["lm_head.weight"] = tensors["lm_head.weight"][:head]
-        draft = self._target.slice_draft(_Detached(tensors), layers, head, name="candidate")
+        draft = self._target.slice_draft(tensors, layers, head, name="candidate")
         return measure(self._target, draft)
 
     def _card(
         self, trainer: Trainer, best: _Trial, trials: list[_Trial], steps: int
     ) -> dict[str, Any]:
         """What was done and what came of it, measured on the weights as they are stored."""
-        (agreed,), shared = trainer.agreements()
+        (agreed,), shared = trainer.agreements(sequences=self._held_out)
         gamma, speedup = predict_speedup(
             agreed, self._cost(trainer, best.layers, best.head), self._context
         )
@@ -365,15 +389,14 @@ class _Distillation:
         by_task = {}
         for task in dict.fromkeys(tasks):
             bits = [a for a, t in zip(agreed, tasks, strict=True) if t == task]
-            by_task[task] = {
-                str(g): round(count_accepted(bits, g).acceptance, 4) for g in (1, 4, 8)
-            }
+            by_task[task] = _acceptance(bits)
         device = self._target.device
         return {
             "recipe": asdict(self._recipe),
             "corpus": {
                 "sequences": self._examples.size,
                 "tokens": int(self._examples.top_ids.shape[0]),
+                "validation_sequences": len(self._validation),
                 "held_out_sequences": len(self._held_out),
             },
             "training": {
@@ -383,12 +406,18 @@ class _Distillation:
             },
             "search": [asdict(trial) for trial in trials],
             "held_out": {
-                "overlap": round(shared, 4),
-                "acceptance": {
-                    str(g): round(count_accepted(agreed, g).acceptance, 4) for g in (1, 4, 8)
-                },
+                "temperatures": sorted(
+                    {self._recipe.corpus.temperature(i) for i in self._held_out}
+                ),
+                "overlap_at_least": round(shared, 4),
+                "acceptance": _acceptance(agreed),
                 "acceptance_by_task": by_task,
                 "predicted": {"gamma": gamma, "speedup": round(speedup, 3)},
+            },
+            "seconds": {
+                "corpus": round(self._corpus_seconds),
+                "search": round(self._stopwatch["search"]),
+                "training": round(self._stopwatch["training"]),
             },
             "machine": {
                 "device": torch.cuda.get_device_name(device)
@@ -409,14 +438,6 @@ def _write_json(path: Path, data: Any) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
-class _Detached:
-    """A student's tensors as a `TensorSource`."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self._tensors = tensors
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name].detach()
+def _acceptance(agreed: Sequence[np.ndarray]) -> dict[str, float]:
+    """Accepted over drafted tokens by fixed γ."""
+    return {str(g): round(count_accepted(agreed, g).acceptance, 4) for g in _GAMMAS}

@@ -1,4 +1,4 @@
-"""A corpus as training examples: batches, the vocabulary of a head, what is held out."""
+"""A corpus as training examples: batches, the vocabulary of a head, what is kept from training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..prompts import TASKS
 from .corpus import Shard
 
-_HOLD_OUT_EVERY = 40
+_KEEP_EVERY = 40
 _SORTED_TOGETHER = 64  # batches whose sequences are sorted by length, so that little is padding
 
 
@@ -87,17 +87,23 @@ class Examples:
         """Number of sequences."""
         return self.lengths.numel()
 
-    def split(self) -> tuple[list[int], list[int]]:
-        """Sequences to train on and to hold out: every 40th turn of the tasks is held out.
+    def split(self) -> tuple[list[int], list[int], list[int]]:
+        """Sequences to train on, to choose by (validation), and to report alone (held out).
 
-        Under the default recipe all that is held out is greedy. A corpus of less than two turns
-        holds out its first sequence.
+        Every 40th turn of the tasks is kept from training, and these turns go to validation and to
+        what is held out by turns; where there is but one such turn, its sequences do, and of a
+        corpus of less than two turns the first two sequences. Under the default recipe all that
+        is kept from training is greedy.
         """
-        held = [i for i in range(self.size) if i // len(TASKS) % _HOLD_OUT_EVERY == 0]
+        kept = [i for i in range(self.size) if i // len(TASKS) % _KEEP_EVERY == 0]
         if self.size < 2 * len(TASKS):
-            held = [0]
-        kept = set(held)
-        return [i for i in range(self.size) if i not in kept], held
+            kept = [0, 1]
+        single = kept[-1] < len(TASKS)
+        halves: tuple[list[int], list[int]] = ([], [])
+        for i in kept:
+            halves[(i if single else i // len(TASKS) // _KEEP_EVERY) % 2].append(i)
+        rest = set(range(self.size)) - set(kept)
+        return sorted(rest), *halves
 
     def vocabulary(self, size: int, sequences: Sequence[int], total: int) -> Tensor:
         """The ``size`` ids that the target gives most probability, falling: int64 [size].

@@ -56,12 +56,12 @@ def training_prompts(count: int, *, seed: int = 0) -> list[Prompt]:
         ``count`` is negative, or more than the grammars can give.
     """
     if count < 0:
-        raise ValueError(f"count must be at least 0, got {count}")
+        raise ValueError(f"count: expected at least 0, got {count}")
     turns = -(-count // len(TASKS))
     tasks = [list(islice(_stream(task, seed), turns)) for task in TASKS]
     prompts = [prompt for turn in zip(*tasks, strict=False) for prompt in turn]
     if len(prompts) < count:
-        raise ValueError(f"count must be at most {len(prompts)} with seed {seed}, got {count}")
+        raise ValueError(f"count: expected at most {len(prompts)} with seed {seed}, got {count}")
     return prompts[:count]
 
 
@@ -183,7 +183,7 @@ def load_prompts(path: Path | str) -> list[Prompt]:
     path = Path(path)
     kind = path.suffix.lower()
     if kind not in (".txt", ".jsonl"):
-        raise ValueError(f"prompts must be a .txt or .jsonl file, got {path.name}")
+        raise ValueError(f"prompts: expected a .txt or .jsonl file, got {path.name}")
     data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
         # Not splitlines(): a JSON string may hold what it takes for the end of a line.

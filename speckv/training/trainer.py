@@ -1,4 +1,4 @@
-"""Training one draft on a corpus: batches, schedule, held-out measurements, checkpoints."""
+"""Training one draft on a corpus: batches, schedule, validation, checkpoints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TrainingRecipe:
         Weight of the cross-entropy beside the total variation, which alone has hardly a gradient
         where the draft gives the target's tokens no probability.
     evaluate_every : int
-        Steps between two measurements on the held-out sequences.
+        Steps between two measurements on the validation sequences.
     patience : int
         Measurements without a better one before training stops.
     seed : int
@@ -66,13 +66,14 @@ class TrainingRecipe:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A draft on held-out text.
+    """A draft on text that it does not learn from.
 
     Attributes
     ----------
     step : int
     overlap : float
-        Mean acceptance of a first draft token under sampling at temperature 1.
+        Mean share of the target's distribution at temperature 1 that the draft's covers, counting
+        the target's likeliest tokens alone: see `speckv.training.acceptance.overlap`.
     agreement : float
         Share of positions at which draft and target choose the same token.
     acceptance : dict
@@ -95,8 +96,8 @@ class Trainer:
     id_map : int64 [V_draft]
         Target id of each row of its head.
     examples : Examples
-    train, held_out : sequence of int
-        Sequences to learn from, and to measure on.
+    train, validation : sequence of int
+        Sequences to learn from, and to choose the best step by.
     recipe : TrainingRecipe
     device : torch.device
         Where the arithmetic happens; in bf16 where the autocast of that device says so.
@@ -108,13 +109,13 @@ class Trainer:
         id_map: Tensor,
         examples: Examples,
         train: Sequence[int],
-        held_out: Sequence[int],
+        validation: Sequence[int],
         recipe: TrainingRecipe,
         device: torch.device,
     ) -> None:
         self.student = student.to(device)
         self.examples, self.recipe, self.device = examples, recipe, device
-        self._train, self._held_out = list(train), list(held_out)
+        self._train, self._validation = list(train), list(validation)
         total = student.body.embed_tokens.weight.shape[0]
         self._draft_id = torch.full((total,), -1, dtype=torch.int64)
         self._draft_id[id_map] = torch.arange(id_map.numel())
@@ -173,14 +174,14 @@ class Trainer:
     def agreements(
         self, heads: Sequence[int] | None = None, sequences: Sequence[int] | None = None
     ) -> tuple[list[list[np.ndarray]], float]:
-        """Where draft and target agree on held-out text.
+        """Where draft and target agree on text that the draft does not learn from.
 
         Parameters
         ----------
         heads : sequence of int, optional
             Heads to try: the first so many rows; the whole one if not given.
         sequences : sequence of int, optional
-            All that are held out if not given.
+            The validation sequences if not given.
 
         Returns
         -------
@@ -188,7 +189,7 @@ class Trainer:
         overlap : float
             Mean overlap of the distributions, with the whole head.
         """
-        chosen = self._held_out if sequences is None else list(sequences)
+        chosen = self._validation if sequences is None else list(sequences)
         sizes = heads or [self.student.head.out_features]
         found: list[list[np.ndarray]] = [[] for _ in sizes]
         shared = 0.0

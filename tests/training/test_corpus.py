@@ -177,7 +177,9 @@ def test_bad_recipes(options: dict[str, Any], message: str) -> None:
 
 def test_a_shard_is_read_as_it_was_written(shard: Shard, tmp_path: Path) -> None:
     shard.save(tmp_path / "shard.safetensors")
-    assert_same(Shard.load(tmp_path / "shard.safetensors"), shard)
+    read = Shard.load(tmp_path / "shard.safetensors")
+    assert_same(read, shard)
+    assert read.seconds == pytest.approx(shard.seconds, abs=1e-3) and shard.seconds > 0
     assert [path.name for path in tmp_path.iterdir()] == ["shard.safetensors"]
 
 
@@ -196,7 +198,13 @@ def _drop_tensor(path: Path) -> None:
 
     tensors = load_file(path)
     del tensors["top_ids"]
-    save_file(tensors, path, {"tasks": "[]"})
+    save_file(tensors, path, {"tasks": "[]", "seconds": "1"})
+
+
+def _drop_seconds(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_file(load_file(path), path, {"tasks": "[]"})
 
 
 @pytest.mark.parametrize(
@@ -205,10 +213,11 @@ def _drop_tensor(path: Path) -> None:
         _truncate,
         _drop_metadata,
         _drop_tensor,
+        _drop_seconds,
         lambda path: path.write_bytes(b""),
         lambda path: path.write_text("not a shard at all"),
     ],
-    ids=["truncated", "no metadata", "no tensor", "empty", "text"],
+    ids=["truncated", "no metadata", "no tensor", "no seconds", "empty", "text"],
 )
 def test_a_damaged_shard_is_refused(
     damage: Callable[[Path], object], shard: Shard, tmp_path: Path
@@ -286,7 +295,7 @@ def test_an_interrupted_generation_goes_on_at_its_shard(
     whole.complete()
     assert made == [0, 8, 8, 16, 0, 8, 16]
     for index in range(corpus.size):
-        assert corpus.path(index).read_bytes() == whole.path(index).read_bytes()
+        assert_same(Shard.load(corpus.path(index)), Shard.load(whole.path(index)))
 
 
 def test_a_shard_that_another_process_makes_is_waited_for(
@@ -337,5 +346,7 @@ def test_corpora_of_other_targets_recipes_and_prompts_are_others(
     assert len({c.folder for c in [corpus(), *others]}) == 6
     renamed = corpus(prompts=make_prompts(20, seed=3))
     assert renamed.folder == corpus().folder and renamed.path(0) != corpus().path(0)
+    retold = corpus(prompts=[replace(prompt, task="user") for prompt in PROMPTS])
+    assert retold.path(0) != corpus().path(0), "a shard tells the tasks of its prompts"
     with pytest.raises(ValueError, match="prompts: expected at least one, got none"):
         corpus(prompts=[])

@@ -1,4 +1,4 @@
-"""Batches against the sequences that they are made of, vocabularies, and what is held out."""
+"""Batches against the sequences that they are made of, vocabularies, and what is not trained on."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def numbered(lengths: list[int], prompts: list[int], first: int = 0) -> Shard:
         temperatures=torch.zeros(len(lengths)),
         top_ids=torch.stack((responses, responses + 1), dim=1),
         top_probs=torch.tensor([[0.5, 0.25]]).expand(len(responses), 2).half(),
+        seconds=1.0,
     )
 
 
@@ -137,27 +138,31 @@ def test_the_vocabulary_is_by_probability_then_by_number() -> None:
 
 
 def test_smaller_vocabularies_begin_larger_ones(examples: Examples) -> None:
-    train, _ = examples.split()
+    train, *_ = examples.split()
     largest = examples.vocabulary(VOCAB, train, VOCAB)
     assert largest.dtype == torch.int64 and sorted(largest.tolist()) == list(range(VOCAB))
     for size in (1, 50, 150):
         assert torch.equal(examples.vocabulary(size, train, VOCAB), largest[:size])
 
 
-# held out
+# validation and what is held out
 
 
-@pytest.mark.parametrize("count", [2, 3, 7, 8, 159, 160, 161, 400])
-def test_what_is_held_out_is_not_trained_on(count: int) -> None:
+@pytest.mark.parametrize("count", [3, 7, 8, 159, 160, 161, 162, 163, 400, 1000])
+def test_every_sequence_has_one_use(count: int) -> None:
     examples = random_examples(count)
-    train, held_out = examples.split()
-    assert train and held_out and sorted(train + held_out) == list(range(count))
-    if count >= 160:
-        assert held_out[:4] == [0, 1, 2, 3] and len(held_out) / count < 0.04
-        assert held_out[4:] == [i for i in range(160, count) if i % 160 < 4]
+    train, validation, held_out = examples.split()
+    assert train and validation and held_out
+    assert sorted(train + validation + held_out) == list(range(count))
+    kept = sorted(validation + held_out)
+    if count >= 8:
+        assert kept == [i for i in range(count) if i % 160 < 4]
+    if count > 160:
+        assert validation == [i for i in range(count) if i % 320 < 4]
 
 
-def test_what_is_held_out_is_greedy(shard: Shard, examples: Examples) -> None:
-    _, held_out = examples.split()
-    assert shard.temperatures[held_out].unique().tolist() == [0.0]
-    assert Counter(shard.tasks[i] for i in held_out) == dict.fromkeys(TASKS, 2)
+def test_what_is_not_trained_on_is_greedy(shard: Shard, examples: Examples) -> None:
+    _, *halves = examples.split()
+    for half in halves:
+        assert shard.temperatures[half].unique().tolist() == [0.0]
+        assert Counter(shard.tasks[i] for i in half) == dict.fromkeys(TASKS, 1)

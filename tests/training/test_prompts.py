@@ -46,7 +46,7 @@ def test_evaluation_tasks_take_turns() -> None:
 
 @pytest.mark.parametrize("per_task", [0, -1, 31])
 def test_evaluation_refuses_a_wrong_size(per_task: int) -> None:
-    with pytest.raises(ValueError, match=rf"per_task must be from 1 to \d+, got {per_task}$"):
+    with pytest.raises(ValueError, match=rf"^per_task: expected 1 to \d+, got {per_task}$"):
         evaluation_prompts(per_task)
 
 
@@ -144,12 +144,12 @@ def test_generator_skips_evaluation_prompts(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(module, "_WISH", 0)
     monkeypatch.setattr(module, "_CARELESS", 0)
     assert [prompt.text for prompt in training_prompts(4)] == ["Something else."] * 4
-    with pytest.raises(ValueError, match="count must be at most 4 with seed 0, got 5$"):
+    with pytest.raises(ValueError, match="^count: expected at most 4 with seed 0, got 5$"):
         training_prompts(5)
 
 
 def test_generator_refuses_a_negative_count() -> None:
-    with pytest.raises(ValueError, match="count must be at least 0, got -1$"):
+    with pytest.raises(ValueError, match="^count: expected at least 0, got -1$"):
         training_prompts(-1)
 
 
@@ -185,7 +185,7 @@ def test_json_lines(tmp_path: Path) -> None:
         ("a.jsonl", b'{"prompt": " "}', 'line 1: expected "prompt" to be a text that is not empty'),
         ("a.jsonl", b'{"prompt": "x", "task": 1}', 'line 1: expected "task" to be a text'),
         ("a.jsonl", b'{"prompt": "\\ud800"}', 'line 1: expected "prompt" to be Unicode, got half'),
-        ("a.csv", b"x", "prompts must be a .txt or .jsonl file, got a.csv"),
+        ("a.csv", b"x", "prompts: expected a .txt or .jsonl file, got a.csv"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -123,7 +123,7 @@ def test_a_training_that_never_gets_better_ends_on_its_first_measurement(
     assert_same(weights(trainer), kept[0])
 
 
-def test_measurements_are_those_of_the_held_out_text(
+def test_measurements_are_those_of_the_validation_text(
     whole: tuple[Trainer, list[float], Measurement], examples: Examples, in_fp32: None
 ) -> None:
     trainer = whole[0]
@@ -132,8 +132,8 @@ def test_measurements_are_those_of_the_held_out_text(
     assert measured.overlap == shared
     assert measured.agreement == pytest.approx(np.concatenate(agreed).mean())
     assert measured.acceptance == {str(g): count_accepted(agreed, g).acceptance for g in (1, 4, 8)}
-    _, held_out = examples.split()
-    responses = (examples.lengths - examples.prompt_lengths)[held_out].tolist()
+    _, first, second = examples.split()
+    responses = (examples.lengths - examples.prompt_lengths)[first + second].tolist()
     assert [len(bits) for bits in agreed] == responses
 
 
