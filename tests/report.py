@@ -23,6 +23,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
+_THREADS = 1  # of a worker, as in `make test`
 PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "numpy", "pytest")
 
 
@@ -64,7 +65,7 @@ def run_suite(suite: Suite, workers: int) -> dict[str, Any]:
         junit = Path(folder) / "junit.xml"
         arguments = [*suite.arguments]
         if suite.pytest:
-            environment["OMP_NUM_THREADS"] = "1"
+            environment["OMP_NUM_THREADS"] = str(_THREADS)
             arguments += ["-n", str(workers), "--dist", "loadgroup", f"--junitxml={junit}"]
         print(f"== {suite.name}: {' '.join(suite.arguments)}", flush=True)
         started = time.monotonic()
@@ -121,7 +122,7 @@ def summarise_lossless(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, threads, memory and system; no name that tells whose it is."""
+    """Processor, cores, memory and system; no name that tells whose it is."""
     cpu, memory_kib = platform.processor() or platform.machine(), 0
     if Path("/proc/cpuinfo").exists():
         models = [
@@ -133,7 +134,7 @@ def machine() -> dict[str, Any]:
         memory_kib = int(Path("/proc/meminfo").read_text(encoding="utf-8").split()[1])
     return {
         "cpu": cpu,
-        "threads": os.cpu_count(),
+        "cores": os.cpu_count(),
         "memory_gib": round(memory_kib / 2**20, 1),
         "os": f"{platform.system()} {platform.machine()}",
     }
@@ -184,6 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "seconds": round(sum(outcome["seconds"] for outcome in suites.values()), 1),
         "commit": tested,
         "machine": machine(),
+        "workers": {"processes": options.workers, "threads_each": _THREADS},
         "versions": versions(),
         "suites": suites,
         "lossless": summarise_lossless(cells),

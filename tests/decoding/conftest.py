@@ -30,7 +30,7 @@ def tiny(family: str) -> Any:
 
 @pytest.fixture
 def target(family: str) -> Callable[[str], CausalModel]:
-    """The target by compression."""
+    """The target by compression, or by ``COMPRESSION/DTYPE``."""
     return partial(wrapped, family, "target")
 
 
@@ -91,11 +91,12 @@ def check(
             ):
                 lossless(
                     policy=policy,
-                    compression=compression,
+                    compression=pair[0].compression,
                     draft=kind,
                     sampling=sampling,
                     batch=batch,
                     model=f"tiny {family}",
+                    dtype=str(pair[0].dtype).removeprefix("torch."),
                     sequences=len(rows),
                     tokens=sum(map(len, wanted)),
                 )

@@ -16,6 +16,7 @@ NEW_TOKENS = [24, 17, 30, 11]
 EOS = [90, 117, 160]  # end some rows of every family in every sampling below, and not the others
 
 COMPRESSIONS = ["fp32", "fp16", "bf16", "int8", "nf4"]
+DTYPES = ["fp32", "fp16", "bf16"]
 POLICIES = ["fixed:1", "fixed:4", "fixed:15", "entropy:1.5", "confidence:0.6", "paper", "speckv"]
 ONE_OF_EACH_MODE = ["fixed:4", "entropy:1.5", "confidence:0.6", "paper", "speckv"]
 DRAFTS = ["random", "perturbed", "target"]

@@ -17,6 +17,7 @@ from tests.decoding.grid import (
     ACCEPTANCE,
     COMPRESSIONS,
     DRAFTS,
+    DTYPES,
     EOS,
     NEW_TOKENS,
     POLICIES,
@@ -39,6 +40,16 @@ def test_every_policy_and_draft(
     check: Callable[..., None], compression: str, policy: str, kind: str
 ) -> None:
     check(compression, policy, kind)
+
+
+@pytest.mark.parametrize("policy", ["fixed:4", "speckv"])
+@pytest.mark.parametrize(
+    "compression", [f"{packed}/{dtype}" for packed in ("int8", "nf4") for dtype in DTYPES]
+)
+def test_packed_weights_with_every_type_of_activations(
+    check: Callable[..., None], compression: str, policy: str
+) -> None:
+    check(compression, policy, "perturbed")
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)

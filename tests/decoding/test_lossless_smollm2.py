@@ -1,7 +1,7 @@
 """Losslessness on a real model: SmolLM2-135M-Instruct in every compression, with three drafts.
 
 `make test` decodes 4 prompts x 32 tokens with some policies, `make test-full` 20 prompts x 64 with
-all of them.
+all of them. The whole grid of policies, compressions and drafts is that of the tiny models.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TEXTS = [
     "x^2 + 5x + 6 = 0, hence x =",
 ]
 POLICIES = ["fixed:1", "fixed:4", "fixed:15", "entropy:1.5", "confidence:0.5", "paper", "speckv"]
-COMPRESSIONS = ["fp32", "bf16", "int8", "nf4"]
+COMPRESSIONS = ["fp32", "fp16", "bf16", "int8", "nf4"]
 SAMPLINGS: dict[str, list[dict[str, Any]]] = {
     "greedy": [{}],
     "sampled": [
@@ -176,6 +176,7 @@ def check(
             sampling=sampling,
             batch=str(batch),
             model="SmolLM2-135M-Instruct",
+            dtype=str(target.dtype).removeprefix("torch."),
             sequences=size.prompts,
             tokens=sum(map(len, wanted)),
         )
@@ -225,7 +226,8 @@ def test_plain_greedy_is_transformers_generate(
         ("fp32", "fixed:4", "first:4"),
         ("fp32", "paper", "perturbed"),
         ("fp32", "fixed:15", "target"),
-        ("bf16", "speckv", "first:4"),
+        ("fp16", "fixed:4", "perturbed"),
+        ("bf16", "speckv", "perturbed"),
         ("bf16", "confidence:0.5", "perturbed"),
         ("int8", "entropy:1.5", "perturbed"),
         ("nf4", "fixed:4", "perturbed"),
@@ -248,33 +250,80 @@ def test_one_at_a_time(
     check(compression, policy, kind, "sampled", QUICK, batch=1)
 
 
+@pytest.mark.parametrize("compression", ["fp32", "bf16"])
+def test_two_threads(
+    lossless: Callable[..., None],
+    smollm2: Callable[[str], tuple[LlamaDecoder, Any]],
+    draft: Callable[[str, str], CausalModel],
+    prompts: list[list[int]],
+    eos: list[int],
+    compression: str,
+) -> None:
+    """Rows are the same at any width with more threads too, though perhaps not those of one."""
+    pair = smollm2(compression)[0], draft("perturbed", compression)
+    every = params("sampled", QUICK)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        wanted = plain(pair[0], prompts[: QUICK.prompts], every, eos=eos)
+        rows = decode(*pair, "fixed:4", prompts[: QUICK.prompts], every, eos=eos)
+    finally:
+        torch.set_num_threads(before)
+    lossless(
+        policy="fixed:4",
+        compression=compression,
+        draft="perturbed",
+        sampling="sampled",
+        batch=str(BATCH),
+        model="SmolLM2-135M-Instruct",
+        threads="2",
+        sequences=QUICK.prompts,
+        tokens=sum(map(len, wanted)),
+    )
+    assert [row.tokens for row in rows] == wanted
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("compression", ["fp32", "bf16"])
 def test_every_policy(check: Callable[..., None], compression: str, policy: str) -> None:
-    check(compression, policy, "first:4", "greedy", FULL)
+    check(compression, policy, "perturbed", "greedy", FULL)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["fixed:4", "speckv"])
-@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize(
+    ("compression", "policy"),
+    [
+        ("fp32", "fixed:4"),
+        ("fp16", "confidence:0.5"),
+        ("bf16", "speckv"),
+        ("int8", "fixed:4"),
+        ("nf4", "paper"),
+    ],
+)
 def test_every_compression_sampled(
     check: Callable[..., None], compression: str, policy: str
 ) -> None:
-    check(compression, policy, "first:4", "sampled", FULL)
+    check(compression, policy, "perturbed", "sampled", FULL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compression", ["fp16", "int8", "nf4"])
+def test_every_compression_greedy(check: Callable[..., None], compression: str) -> None:
+    check(compression, "fixed:4", "perturbed", "greedy", FULL)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize(("kind", "policy"), [("perturbed", "fixed:4"), ("target", "fixed:15")])
-@pytest.mark.parametrize("compression", COMPRESSIONS)
-def test_better_drafts(
+@pytest.mark.parametrize(("kind", "policy"), [("first:4", "fixed:4"), ("target", "fixed:15")])
+@pytest.mark.parametrize("compression", ["bf16"])
+def test_drafts_that_are_always_and_hardly_ever_right(
     check: Callable[..., None], compression: str, kind: str, policy: str, sampling: str
 ) -> None:
     check(compression, policy, kind, sampling, FULL)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("compression", ["fp32", "bf16"])
 def test_every_prompt_one_at_a_time(check: Callable[..., None], compression: str) -> None:
-    check(compression, "fixed:4", "perturbed", "sampled", FULL, batch=1)
+    check(compression, "confidence:0.5", "perturbed", "greedy", FULL, batch=1)

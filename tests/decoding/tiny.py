@@ -90,14 +90,18 @@ def wrapped(family: str, kind: str, compression: str) -> CausalModel:
         One of ``FAMILIES``; ``llama-adapter`` is a llama that the adapter for other models runs.
     kind : str
         ``target``, ``perturbed`` (the target with noise) or ``random`` (other weights).
+    compression : str
+        A weight format, or one and a type of activations, such as ``int8/bf16``.
     """
+    compression, _, chosen = compression.partition("/")
+    dtype: Any = chosen or None
     source = transformer(family, seed=int(kind == "random"))
     if kind == "perturbed":
         source = perturbed(source, PERTURBATION[family])
     if family != "llama-adapter":
-        return wrap_model(source, compression=compression, device="cpu")
+        return wrap_model(source, compression=compression, dtype=dtype, device="cpu")
     device = torch.device("cpu")
-    compression, dtype = resolve_formats(compression, None, device)
+    compression, dtype = resolve_formats(compression, dtype, device)
     return TransformersAdapter(
         source, name=family, compression=compression, dtype=dtype, device=device
     )
