@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import _cli_options as opt
+from . import _cli_trace
 from ._version import __version__
 from .errors import PolicyError, SpeckvError
 from .sampling import SamplingParams
@@ -38,6 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+_cli_trace.register(app)
 
 
 def load_engine(model: opt.ModelOptions) -> Engine:

@@ -86,8 +86,8 @@ class TraceInfo:
     Attributes
     ----------
     target, draft : mapping
-        ``name``, ``fingerprint`` (None where the model has none), ``dtype``; the target's by
-        compression.
+        ``name``, ``fingerprint`` (None where the model has none) and ``vocab_size``; the target's
+        also ``dtype``, of activations and KV cache, by compression.
     device : str
         Name of the processor or GPU.
     versions : mapping

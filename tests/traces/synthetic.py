@@ -11,7 +11,7 @@ from speckv.traces.schema import Answer, Rows, Trace, TraceInfo, join
 COST = CostTable.from_parts(draft_ms=0.2, verify_ms=[1.0 + 0.02 * w for w in range(16)])
 INFO = TraceInfo(
     target={"name": "t", "fingerprint": "ab", "dtype": {"fp32": "float32"}},
-    draft={"name": "d", "fingerprint": None, "dtype": "float32"},
+    draft={"name": "d", "fingerprint": None},
     device="a processor",
     versions={"speckv": "0"},
     recipe={"max_new_tokens": 40},
