@@ -311,6 +311,12 @@ class Engine:
         return self.draft is None and self.lookup is None
 
     def _pack(self, policy: Policy) -> Tensor:
+        """The policy with this pair's costs.
+
+        There is one price of a draft token. Beside a model it is the model's, for looked-up tokens
+        too: a step drafts by the one or the other, which is decided after the policy is packed. So
+        a policy that weighs costs stops a lookup too early rather than a model too late.
+        """
         if policy.needs_cost and self._cost is None and not self._cannot_draft:
             self._cost = calibrated(self.target, self.draft)
         return policy.pack(self.target.compression, self._cost)

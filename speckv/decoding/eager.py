@@ -156,8 +156,9 @@ class EagerLoop:
         state = self._begin(requests)
         lookups, most = None, int(policy[at.GAMMA_CAP])
         if self.lookup is not None and most > 0:
-            alone = self.draft is None
+            start, alone = self._now(), self.draft is None
             lookups = Lookups(self.lookup, requests.prompts, most, alone=alone)
+            self.seconds.draft += self._now() - start
         held = [0] * requests.size
         run = _Run(requests, state, policy, held, prepared(self._ops), lookups)
         yield self._prefill(run)

@@ -73,13 +73,13 @@ def parse_draft(draft: str | None) -> tuple[Lookup | None, str | None]:
     Raises
     ------
     ValueError
-        N is no number or out of range, or the model's name is missing.
+        N is no number or out of range, or what follows the ``+`` is nothing or a lookup again.
     """
     found = None if draft is None else _FORM.fullmatch(draft)
     if found is None:
         return None, draft
     ngram, model = found["ngram"], found["model"]
-    if model == "":
+    if model is not None and (not model or _FORM.fullmatch(model)):
         raise ValueError(f"draft: expected the name of a model after '+', got {draft!r}")
     if ngram is None:
         return Lookup(), model or "none"

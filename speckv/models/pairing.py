@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import CausalModel
-from .llama import LlamaDecoder
-from .loading import load_model
-from .slice_draft import MANIFEST, load_slice_draft, shipped_draft
-from .tokenizers import check_compatible
+from speckv.models.base import CausalModel
+from speckv.models.llama import LlamaDecoder
+from speckv.models.loading import load_model
+from speckv.models.slice_draft import MANIFEST, load_slice_draft, shipped_draft
+from speckv.models.tokenizers import check_compatible
 
 UNTRAINED_LAYERS = 4
 """Layers of the draft of a target that none was distilled for. Few, because an untrained early exit
@@ -37,36 +37,46 @@ def load_draft(
         `load_model`. By default the draft that comes with the package for this target, or
         ``first:4`` where the target can do that.
     id_map : int32 [V_draft], optional
-        Target id of each draft id, for a draft that is loaded.
+        Target id of each draft id, for a draft model of its own vocabulary.
 
     Raises
     ------
     ValueError
-        The target has no layers to lend, or the vocabularies differ.
+        The target has no layers to lend, the vocabularies differ, or ``id_map`` is given for a
+        draft that takes none.
     ModelError
         The model cannot be had.
     """
     if draft is None:
         draft = _default_draft(target)
     if draft == "none":
+        _no_id_map(id_map, "where there is no draft model")
         return None, None
     match = re.fullmatch(r"first:(\d+)", draft)
     if match:
+        _no_id_map(id_map, "for the target's own layers, which have its ids")
         if not isinstance(target, LlamaDecoder):
             raise ValueError(f"draft {draft!r}: {target.name} is not of the Llama family")
-        return target.first_layers(int(match[1])), None
+        count, layers = int(match[1]), target.config.layers
+        if not 1 <= count <= layers:
+            raise ValueError(f"draft: expected first:1 to first:{layers}, got {draft!r}")
+        return target.first_layers(count), None
     folder = Path(draft).expanduser()
     if (folder / MANIFEST).is_file():
         if not isinstance(target, LlamaDecoder):
             raise ValueError(f"draft {draft!r}: {target.name} is not of the Llama family")
-        if id_map is not None:
-            raise ValueError("id_map: expected none for a distilled draft, which has its own")
+        _no_id_map(id_map, "for a distilled draft, which has its own")
         return load_slice_draft(folder, target)
     model, draft_tokenizer = load_model(
         draft, dtype=target.dtype, device=target.device, progress=progress
     )
     vocabularies = target.vocab_size, model.vocab_size
     return model, check_compatible(tokenizer, draft_tokenizer, *vocabularies, id_map)
+
+
+def _no_id_map(id_map: Tensor | None, why: str) -> None:
+    if id_map is not None:
+        raise ValueError(f"id_map: expected none {why}, got one")
 
 
 def _default_draft(target: CausalModel) -> str:

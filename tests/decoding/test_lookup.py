@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 from speckv import Engine, SamplingParams
 from speckv.decoding import EagerLoop, RequestBatch, calibrate, eager
-from speckv.decoding.lookup import Lookup, Match, NgramIndex, parse_draft
+from speckv.decoding.lookup import Lookup, Lookups, Match, NgramIndex, parse_draft
 from speckv.errors import NumericsError
 from speckv.kernels import layout as at
 from speckv.models.base import CausalModel
@@ -39,9 +40,6 @@ EIGHTHS = [[token % 8 for token in prompt] for prompt in PROMPTS]
 
 Models = Callable[[str], CausalModel]
 Drafts = Callable[[str, str], CausalModel]
-
-
-# what is found
 
 
 def oracle(sequence: Sequence[int], drafted: Sequence[int], lookup: Lookup) -> Match | None:
@@ -137,9 +135,6 @@ def test_signals_worked_by_hand() -> None:
     assert thrice.signals == pytest.approx((1.5219281, 0.4, 0.2, 0.4))
 
 
-# its name
-
-
 @pytest.mark.parametrize(
     ("draft", "lookup", "model"),
     [
@@ -159,7 +154,8 @@ def test_names(draft: str | None, lookup: Lookup | None, model: str | None) -> N
 
 
 @pytest.mark.parametrize("draft", ["lookup:", "lookup:0", "lookup:16", "lookup:x", "lookup:-1",
-                                   "lookup:1.5", "lookup+", "lookup:3+", "lookup:+x"])  # fmt: skip
+                                   "lookup:1.5", "lookup+", "lookup:3+", "lookup:+x",
+                                   "lookup+lookup", "lookup:2+lookup:3+first:4"])  # fmt: skip
 def test_bad_names_are_refused(draft: str) -> None:
     with pytest.raises(ValueError, match=r"^draft: expected .*, got 'lookup") as caught:
         parse_draft(draft)
@@ -170,9 +166,6 @@ def test_bad_names_are_refused(draft: str) -> None:
 def test_bad_settings_are_refused(ngrams: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="lookup: expected 1 <= min_ngram <= max_ngram <= 15"):
         Lookup(*ngrams)
-
-
-# in the loop
 
 
 def accepted(rows: Sequence[Decoded]) -> int:
@@ -256,9 +249,6 @@ def test_thresholds_stop_after_the_first_unsure_match(
     assert len(set(cuts[:25])) > 2
 
 
-# beside a model
-
-
 class Spy:
     """Tells which (row, step) were drafted by lookup."""
 
@@ -308,14 +298,28 @@ def test_both_together_change_no_token(
     assert spy.steps or policy == "speckv", "which gives a poor draft up"
 
 
-# nothing stays
-
-
 def requests(prompts: Sequence[Sequence[int]], count: int = 40) -> RequestBatch:
     params = [SamplingParams(max_new_tokens=count)] * len(prompts)
     return RequestBatch.build(
         prompts, params, eos_ids=[], max_length=128, device=torch.device("cpu")
     )
+
+
+def test_reading_the_prompts_counts_as_drafting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It happens before the first step."""
+    now = 0.0
+
+    def slow(*arguments: Any, **options: Any) -> Lookups:
+        nonlocal now
+        now += 5.0
+        return Lookups(*arguments, **options)
+
+    monkeypatch.setattr(eager, "Lookups", slow)
+    monkeypatch.setattr(eager.time, "perf_counter", lambda: now)
+    loop = EagerLoop(CIRCLING, None, batch=4, capacity=128, lookup=Lookup())
+    for policy, seconds in (("fixed:4", 5.0), ("fixed:0", 0.0)):
+        decode_with(loop, requests(EIGHTHS), parse_policy(policy).pack())
+        assert loop.seconds == eager.Seconds(draft=seconds)
 
 
 @pytest.mark.parametrize("end", ["finished", "abandoned", "stopped", "failed"])
@@ -338,9 +342,6 @@ def test_no_request_sees_an_earlier_one(end: str) -> None:
     again = decode_with(used, requests(EIGHTHS), policy)
     assert again == decode_with(fresh, requests(EIGHTHS), policy)
     assert accepted(again) > 0
-
-
-# in the engine
 
 
 class Digits:

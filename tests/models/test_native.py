@@ -65,9 +65,6 @@ def run_python(program: str, **environment: str) -> str:
     return done.stdout
 
 
-# what is computed
-
-
 @pytest.mark.parametrize(("outputs", "columns"), SHAPES)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 16, 17, 128])
 def test_linear(library: native.Library, rows: int, outputs: int, columns: int) -> None:
@@ -148,9 +145,6 @@ def test_extremes(library: native.Library) -> None:
     assert nan.isnan().all()
 
 
-# bits
-
-
 @pytest.mark.parametrize(("outputs", "columns"), [*SHAPES, (960, 576), (576, 1536)])
 def test_linear_rows_have_fixed_bits(
     library: native.Library, outputs: int, columns: int, threads: int
@@ -202,9 +196,6 @@ def test_a_tied_weight_is_not_copied(library: native.Library) -> None:
     weight = noise(70, 50)
     linear = cpu.CpuLinear(weight)
     assert linear._run.keywords["weight"].data_ptr() == weight.data_ptr()
-
-
-# the library
 
 
 def test_one_openmp_runtime_serves_all(library: native.Library) -> None:

@@ -73,9 +73,6 @@ def logits(model: LlamaDecoder, tokens: Tensor) -> Tensor:
     return model.forward(tokens[None, :40], [0], model.new_cache(1, 40))[0]
 
 
-# round trip
-
-
 def test_a_draft_is_loaded_as_it_was_saved(
     saved: Path, tensors: dict[str, Tensor], id_map: Tensor, target: LlamaDecoder, tokens: Tensor
 ) -> None:
@@ -197,9 +194,6 @@ def test_tensors_that_are_missing_or_misshapen(
         target.slice_draft(tensors, (0, 1, 2), HEAD, name="draft")
 
 
-# fingerprints
-
-
 def test_a_fingerprint_is_the_checkpoints_whatever_the_compression(
     decoder: Callable[..., LlamaDecoder],
 ) -> None:
@@ -228,9 +222,6 @@ def test_a_fingerprint_tells_checkpoints_apart(changed: str, target: LlamaDecode
         other.get_parameter(changed).mul_(1.01)
     model = wrap_model(other, device="cpu")
     assert isinstance(model, LlamaDecoder) and model.fingerprint != target.fingerprint
-
-
-# refusals
 
 
 def test_another_target_is_refused(saved: Path, decoder: Callable[..., LlamaDecoder]) -> None:
@@ -283,9 +274,6 @@ def test_damaged_folders(
     assert "\n" not in str(caught.value)
 
 
-# overwriting
-
-
 def test_an_interrupted_overwrite_leaves_the_old_draft(
     saved: Path,
     tensors: dict[str, Tensor],
@@ -316,9 +304,6 @@ def test_an_interrupted_overwrite_leaves_the_old_draft(
     save()
     assert not torch.equal(logits(load_slice_draft(saved, target)[0], tokens), old)
     assert len(list(saved.iterdir())) == 2, "the old weights are gone"
-
-
-# the drafts that come with the package
 
 
 def test_a_shipped_draft_is_found_by_its_target(

@@ -136,9 +136,6 @@ def test_near_ties_are_decided_by_the_reference(monkeypatch: pytest.MonkeyPatch)
         assert len(set(fast.gamma.tolist())) > 4
 
 
-# causality
-
-
 def poisoned(trace: Trace, found: Replayed) -> Trace:
     """Every signal that no step drafted becomes rubbish."""
     rng = np.random.default_rng(1)

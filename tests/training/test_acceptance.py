@@ -22,8 +22,6 @@ from speckv.training.trainer import Trainer
 from tests.tolerances import assert_close
 from tests.training.conftest import EOS, HEAD, LAYERS
 
-# the loss
-
 
 def naive_overlap(logits: Tensor, rows: Tensor, probs: Tensor) -> tuple[list[float], list[float]]:
     shared, likelihood = [], []
@@ -64,9 +62,6 @@ def test_tokens_that_the_draft_lacks_give_no_gradient() -> None:
     (shared + likelihood).sum().backward()
     assert shared.tolist() == [0.0, 0.0] and likelihood.tolist() == [0.0, 0.0]
     assert logits.grad is not None and not logits.grad.any()
-
-
-# counts
 
 
 def bits(text: str) -> np.ndarray:
@@ -117,9 +112,6 @@ def test_counts_of_many_sequences_add_up(gamma: int) -> None:
     each = [step_by_step(text.tolist(), gamma) for text in texts]
     expected = Counts(*(sum(getattr(c, n) for c in each) for n in ("steps", "drafted", "accepted")))
     assert count_accepted(texts, gamma) == expected
-
-
-# counts against decoding
 
 
 @pytest.fixture(scope="module")
@@ -215,9 +207,6 @@ def test_counts_are_those_of_decoding(
         if not ended:
             assert counts == expected
     assert min(by_end.values()) >= 5
-
-
-# predicted speed
 
 
 def table(milliseconds: list[float], slopes: list[float]) -> CostTable:

@@ -46,9 +46,6 @@ def responses(shard: Shard) -> list[list[int]]:
     ]
 
 
-# what is generated
-
-
 def test_a_shard_does_not_depend_on_how_many_sequences_run_at_once(
     loaded: Loaded, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,9 +153,6 @@ def test_the_law_of_sampled_tokens(loaded: Loaded, temperature: float) -> None:
     assert p_value(temperature * 1.3) < 1e-6
 
 
-# recipes and shards
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -228,9 +222,6 @@ def test_a_damaged_shard_is_refused(
     message = f"^{path}: expected a corpus shard; delete it to remake it$"
     with pytest.raises(ValueError, match=message):
         Shard.load(path)
-
-
-# folders
 
 
 @pytest.fixture

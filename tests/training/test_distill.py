@@ -129,9 +129,6 @@ def acceptance(folder: Path, draft: Path) -> float:
     return sum(accepted for _, accepted in steps) / sum(gamma for gamma, _ in steps)
 
 
-# what comes out
-
-
 def test_the_draft_is_accepted_more_often_than_the_untrained_slice(
     whole: tuple[Path, SliceManifest, Listener], folder: Path, target: LlamaDecoder, tmp_path: Path
 ) -> None:
@@ -269,9 +266,6 @@ def test_one_candidate_is_not_tried(run: Run, tmp_path: Path) -> None:
     assert manifest is not None and manifest.layers == (1, 3)
 
 
-# interruption
-
-
 def test_an_interrupted_distillation_ends_as_an_uninterrupted_one(
     run: Run,
     whole: tuple[Path, SliceManifest, Listener],
@@ -396,9 +390,6 @@ def test_a_corpus_alone_needs_no_folder(run: Run, tmp_path: Path) -> None:
     assert len(list(root.glob("*/shard-*.safetensors"))) == 1
 
 
-# settings
-
-
 def test_layers_to_try(run: Run, tmp_path: Path) -> None:
     manifest = run(tmp_path, recipe=replace(DISTILLING, epochs=0.5, layers=(), heads=(64,)))
     assert manifest is not None
@@ -452,9 +443,6 @@ def test_targets_that_cannot_be_sliced(run: Run, tmp_path: Path) -> None:
     single = save_target(short, tmp_path / "single")
     with pytest.raises(ValueError, match="^target: expected one of two layers or more, got "):
         run(tmp_path / "out", source=single, recipe=replace(DISTILLING, layers=()))
-
-
-# from the command line
 
 
 def test_the_command(

@@ -91,9 +91,6 @@ def test_the_head_proposes_its_own_tokens_alone(
     assert torch.equal(pair._id_map, id_map.int())
 
 
-# names of drafts
-
-
 def test_other_drafts_of_the_same_target(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slice_draft, "_SHIPPED", folder / "nowhere")
     first = engine(folder, "first:2").draft
@@ -133,9 +130,23 @@ def test_a_target_of_another_family_has_no_distilled_draft(draft: Path, tmp_path
 def test_an_id_map_beside_a_distilled_draft_is_refused(
     folder: Path, draft: Path, id_map: torch.Tensor
 ) -> None:
-    message = "^id_map: expected none for a distilled draft, which has its own$"
+    message = "^id_map: expected none for a distilled draft, which has its own, got one$"
     with pytest.raises(ValueError, match=message):
         engine(folder, draft, id_map=id_map.int())
+
+
+@pytest.mark.parametrize("name", ["none", "lookup", "first:2", "lookup+first:2"])
+def test_an_id_map_is_refused_where_none_is_used(
+    name: str, folder: Path, id_map: torch.Tensor
+) -> None:
+    with pytest.raises(ValueError, match="^id_map: expected none (where|for) .*, got one$"):
+        engine(folder, name, policy="fixed:0", id_map=id_map.int())
+
+
+@pytest.mark.parametrize("name", ["first:0", "first:99"])
+def test_more_layers_than_there_are(name: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=f"^draft: expected first:1 to first:4, got '{name}'$"):
+        engine(folder, name)
 
 
 @pytest.mark.parametrize(

@@ -122,9 +122,6 @@ def test_an_epoch_has_about_as_many_batches_as_counted() -> None:
     assert list(examples.batches([], 100)) == []
 
 
-# vocabulary
-
-
 def test_the_vocabulary_is_by_probability_then_by_number() -> None:
     shard = numbered([4, 4], [1, 2])
     shard.top_ids[:] = torch.tensor([[7, 3], [3, 9], [7, 3], [5, 7], [9, 5]])
@@ -143,9 +140,6 @@ def test_smaller_vocabularies_begin_larger_ones(examples: Examples) -> None:
     assert largest.dtype == torch.int64 and sorted(largest.tolist()) == list(range(VOCAB))
     for size in (1, 50, 150):
         assert torch.equal(examples.vocabulary(size, train, VOCAB), largest[:size])
-
-
-# validation and what is held out
 
 
 @pytest.mark.parametrize("count", [3, 7, 8, 159, 160, 161, 162, 163, 400, 1000])

@@ -26,9 +26,6 @@ def many(seed: int) -> list[Prompt]:
     return training_prompts(20_000, seed=seed)
 
 
-# the evaluation set
-
-
 def test_evaluation_set() -> None:
     assert tuple(EVALUATION) == TASKS
     assert all(25 <= len(texts) <= 30 for texts in EVALUATION.values())
@@ -48,9 +45,6 @@ def test_evaluation_tasks_take_turns() -> None:
 def test_evaluation_refuses_a_wrong_size(per_task: int) -> None:
     with pytest.raises(ValueError, match=rf"^per_task: expected 1 to \d+, got {per_task}$"):
         evaluation_prompts(per_task)
-
-
-# the generator
 
 
 def test_the_first_thousand_never_change() -> None:
@@ -151,9 +145,6 @@ def test_generator_skips_evaluation_prompts(monkeypatch: pytest.MonkeyPatch) -> 
 def test_generator_refuses_a_negative_count() -> None:
     with pytest.raises(ValueError, match="^count: expected at least 0, got -1$"):
         training_prompts(-1)
-
-
-# a user's file
 
 
 def test_text_file(tmp_path: Path) -> None:
