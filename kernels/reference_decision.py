@@ -1,15 +1,23 @@
-"""`reference.decide` and `reference.best_gamma`: whether to draft another token, in plain torch."""
+"""`reference.decide` and `reference.best_gamma`: whether to draft another token, on the CPU.
+
+The loop decides after every draft token. Torch's calls on a few words each would cost several times
+the arithmetic, so this is NumPy, in fp32, on the policy's own memory.
+"""
 
 from __future__ import annotations
 
 import math
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import layout as at
 
 __all__ = ["best_gamma", "decide"]
+
+_GAMMAS = np.arange(at.WIDTH_MAX, dtype=np.float32)
+_BITS = 1 << np.arange(at.WIDTH_MAX)
 
 
 def decide(policy: Tensor, rows: list[int], running: list[float]) -> bool:
@@ -51,29 +59,31 @@ def decide(policy: Tensor, rows: list[int], running: list[float]) -> bool:
 
 def best_gamma(policy: Tensor, rows: list[int], running: list[float]) -> int:
     """The candidate γ of the highest value (lowest γ among equals); see `decide`."""
-    header = policy[: at.HEADER_WORDS].tolist()
-    gammas = torch.arange(at.WIDTH_MAX, dtype=torch.float32)
-    features = torch.zeros(at.FEATURES)
-    features[: at.FEATURE_DRAFTED] = torch.tensor(running[: at.FEATURE_DRAFTED])
+    words: NDArray[np.float32] = policy.numpy()
+    header = words[: at.HEADER_WORDS].tolist()
+    features = np.zeros(at.FEATURES, dtype=np.float32)
+    features[: at.FEATURE_DRAFTED] = running[: at.FEATURE_DRAFTED]
     features[at.FEATURE_DRAFTED] = rows[at.DRAFTED]
     features[at.FEATURE_COMPRESSION + int(header[at.COMPRESSION])] = 1.0
     features[at.FEATURE_ACCEPTANCE] = running[at.ACCEPTANCE]
 
-    def block(start: int, *shape: int) -> Tensor:
-        return policy[start : start + math.prod(shape)].view(shape)
+    def block(start: int, *shape: int) -> NDArray[np.float32]:
+        return words[start : start + math.prod(shape)].reshape(shape)
 
     mean, scale = block(at.FEATURE_MEAN, at.FEATURES), block(at.FEATURE_SCALE, at.FEATURES)
     weight = block(at.HIDDEN_WEIGHT, at.HIDDEN, at.FEATURES)
     hidden = weight @ ((features - mean) * scale) + block(at.HIDDEN_BIAS, at.HIDDEN)
     output = block(at.OUTPUT_WEIGHT, at.OUTPUTS, at.HIDDEN)
     if int(header[at.MLP_LAYOUT]) == at.LAYOUT_PAPER:
-        by_gamma = hidden + torch.outer(gammas * scale[-1], weight[:, -1])  # [16, HIDDEN]
-        rate = by_gamma.relu() @ output[0] + policy[at.OUTPUT_BIAS]
-        tokens = rate.clamp(0.0, 1.0) * gammas + 1.0
+        by_gamma = hidden + np.multiply.outer(_GAMMAS * scale[-1], weight[:, -1])  # [16, HIDDEN]
+        rate = np.maximum(by_gamma, 0.0) @ output[0] + words[at.OUTPUT_BIAS]
+        tokens = np.minimum(np.maximum(rate, 0.0), 1.0) * _GAMMAS + 1.0
     else:
-        logit = output @ hidden.relu() + block(at.OUTPUT_BIAS, at.OUTPUTS)
-        survival = torch.sigmoid(logit)[: at.GAMMA_MAX]
-        tokens = torch.cat([torch.ones(1), survival]).cumsum(0)
+        logit = output @ np.maximum(hidden, 0.0) + block(at.OUTPUT_BIAS, at.OUTPUTS)
+        tokens = np.ones(at.WIDTH_MAX, dtype=np.float32)
+        # The logistic function; exp would overflow.
+        tokens[1:] = 0.5 + 0.5 * np.tanh(0.5 * logit[: at.GAMMA_MAX])
+        tokens = tokens.cumsum()
     expected = header[at.EXPECTED_ACCEPTANCE]
     if expected > 0.0:
         tokens = 1.0 + (tokens - 1.0) * min(running[at.ACCEPTANCE] / expected, 1.0)
@@ -82,5 +92,5 @@ def best_gamma(policy: Tensor, rows: list[int], running: list[float]) -> int:
         cost = block(at.COST, at.WIDTH_MAX)
         slope = block(at.COST_PER_TOKEN, at.WIDTH_MAX)
         value = tokens - header[at.RATE] * (cost + slope * rows[at.LENGTH])
-    allowed = [(int(header[at.CANDIDATES]) >> g) & 1 == 1 for g in range(at.WIDTH_MAX)]
-    return int(value.masked_fill(~torch.tensor(allowed), -math.inf).argmax())
+    allowed = int(header[at.CANDIDATES]) & _BITS != 0
+    return int(np.where(allowed, value, -math.inf).argmax())
