@@ -1,0 +1,244 @@
+"""Policies side by side on one trace, tuned on some of its prompts and judged on the others.
+
+Each pair of a compression and a temperature is a cell of its own: policies are tuned for it. The
+figure is tokens per second of decoding steps: tokens over the summed costs of the steps. Intervals
+are bootstrapped over prompts, not over steps, and paired: both policies on the same prompts.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..policies import CostTable
+from .replay import Oracle, Replayed, replay
+from .schema import Trace
+from .tuning import DEFAULT, ORACLE, STATIC, Settings, check_policy, tune
+
+_PLAIN = "fixed:0"
+_RESAMPLES = 4000
+
+
+@dataclass(frozen=True)
+class Row:
+    """A policy in one cell.
+
+    Attributes
+    ----------
+    policy : str
+    settings, search : mapping
+        What the tuning found and what it tried.
+    tokens_per_second, tokens_per_step : float
+    over_plain, over_static : float
+        Ratios of tokens per second.
+    over_static_95 : tuple of two floats
+        Interval of the latter.
+    gap_closed : float
+        Share of the way from the tuned static γ to the oracle; nan where there is no way.
+    regret : float
+        Share of the oracle's tokens per second that is lost.
+    histogram : list of int
+        Steps by γ.
+    tasks : mapping of str to mapping
+        Tokens per second and per step, the histogram, ``over_static`` and ``regret`` by task.
+    """
+
+    policy: str
+    settings: Settings
+    search: Mapping[str, Sequence[float]]
+    tokens_per_second: float
+    tokens_per_step: float
+    over_plain: float
+    over_static: float
+    over_static_95: tuple[float, float]
+    gap_closed: float
+    regret: float
+    histogram: list[int]
+    tasks: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All policies at one compression and temperature.
+
+    Attributes
+    ----------
+    compression : str
+    temperature : float
+    prompts, tokens : int
+        That policies were judged on.
+    rows : list of Row
+    """
+
+    compression: str
+    temperature: float
+    prompts: int
+    tokens: int
+    rows: list[Row]
+
+
+def compare(
+    trace: Trace,
+    costs: Mapping[str, CostTable],
+    policies: Sequence[str] = DEFAULT,
+    *,
+    train_share: float = 0.5,
+    seed: int = 0,
+    advance: Callable[[], None] = lambda: None,
+) -> list[Cell]:
+    """Tune and replay policies on every cell of a trace.
+
+    Parameters
+    ----------
+    costs : mapping of str to CostTable
+        By compression.
+    policies : sequence of str
+        As `check_policy` has them.
+    train_share : float
+        Of the prompts of each task, for tuning.
+    seed : int
+        Of the split.
+    advance : callable
+        Called after each policy of each cell.
+
+    Raises
+    ------
+    ValueError
+        An unknown policy, no costs for a compression, or prompts too few to be split.
+    """
+    for name in policies:
+        check_policy(name)
+    cells = list(dict.fromkeys((a.compression, a.temperature) for a in trace.answers))
+    for compression, _ in cells:
+        if compression not in costs:
+            raise ValueError(f"costs: expected a table for {compression}, got none")
+    training = split_prompts(trace, train_share, seed)
+    return [
+        _cell(trace, training, compression, temperature, costs[compression], policies, advance)
+        for compression, temperature in cells
+    ]
+
+
+def split_prompts(trace: Trace, share: float, seed: int) -> frozenset[int]:
+    """Ids of the prompts to tune on: ``share`` of each task's, at least one of any.
+
+    Raises
+    ------
+    ValueError
+        The share is not between 0 and 1, or it leaves no prompt on one side.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"train_share: expected a number between 0 and 1, got {share}")
+    by_task: dict[str, set[int]] = {}
+    for answer in trace.answers:
+        by_task.setdefault(answer.task, set()).add(answer.prompt_id)
+    rng = random.Random(seed)
+    chosen: set[int] = set()
+    for _, prompts in sorted(by_task.items()):
+        shuffled = sorted(prompts)
+        rng.shuffle(shuffled)
+        chosen |= set(shuffled[: round(share * len(shuffled))])
+    everything = set().union(*by_task.values())
+    if not chosen or chosen == everything:
+        raise ValueError(
+            f"trace: expected prompts to tune on and others to judge on, got {len(everything)} "
+            f"prompts and a share of {share}"
+        )
+    return frozenset(chosen)
+
+
+def _cell(
+    trace: Trace,
+    training: frozenset[int],
+    compression: str,
+    temperature: float,
+    cost: CostTable,
+    policies: Sequence[str],
+    advance: Callable[[], None],
+) -> Cell:
+    own = trace.where(lambda a: (a.compression, a.temperature) == (compression, temperature))
+    train = own.where(lambda a: a.prompt_id in training)
+    test = own.where(lambda a: a.prompt_id not in training)
+    found: dict[str, tuple[Replayed, Settings, Mapping[str, Sequence[float]]]] = {}
+    for name in dict.fromkeys((*policies, _PLAIN, STATIC, ORACLE)):
+        if name == ORACLE:
+            found[name] = replay(test, Oracle(test, cost), cost), {}, {}
+        else:
+            tuned = tune(name, train, compression, cost)
+            found[name] = replay(test, tuned.controller, cost), tuned.settings, tuned.search
+        if name in policies:
+            advance()
+    plain, static, oracle = (found[name][0] for name in (_PLAIN, STATIC, ORACLE))
+    tasks = np.array([answer.task for answer in test.answers])
+    rows = [
+        _row(name, *found[name], plain, static, oracle, tasks) for name in dict.fromkeys(policies)
+    ]
+    return Cell(compression, temperature, len(test.answers), int(static.tokens.sum()), rows)
+
+
+def _row(
+    name: str,
+    own: Replayed,
+    settings: Settings,
+    search: Mapping[str, Sequence[float]],
+    plain: Replayed,
+    static: Replayed,
+    oracle: Replayed,
+    tasks: np.ndarray,
+) -> Row:
+    best, base = oracle.tokens_per_second, static.tokens_per_second
+    way = best - base
+    by_task = {}
+    for task in dict.fromkeys(tasks.tolist()):
+        among = tasks == task
+        ms, steps = own.ms[among].sum(), own.steps[among].sum()
+        tokens = own.tokens[among].sum()
+        by_task[task] = {
+            "tokens_per_second": _ratio(tokens * 1e3, ms),
+            "tokens_per_step": _ratio(tokens, steps),
+            "over_static": _ratio(static.ms[among].sum(), ms),
+            "regret": 1 - _ratio(oracle.ms[among].sum(), ms),
+            "histogram": own.histogram[among].sum(axis=0).tolist(),
+        }
+    return Row(
+        policy=name,
+        settings=settings,
+        search=search,
+        tokens_per_second=own.tokens_per_second,
+        tokens_per_step=own.tokens_per_step,
+        over_plain=own.tokens_per_second / plain.tokens_per_second,
+        over_static=own.tokens_per_second / base,
+        over_static_95=speedup_interval(own.ms, static.ms),
+        gap_closed=(own.tokens_per_second - base) / way if way > 1e-9 * best else float("nan"),
+        regret=1 - own.tokens_per_second / best,
+        histogram=own.histogram.sum(axis=0).tolist(),
+        tasks=by_task,
+    )
+
+
+def speedup_interval(
+    ms: np.ndarray, base_ms: np.ndarray, resamples: int = _RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
+    """95% percentile bootstrap interval, over prompts, of ``sum(base_ms) / sum(ms)``.
+
+    Parameters
+    ----------
+    ms, base_ms : float64 [P]
+        Time of the same prompts under two policies; the tokens are the same.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(len(ms), np.full(len(ms), 1 / len(ms)), size=resamples)
+    total, base = drawn @ ms, drawn @ base_ms
+    ratios = base[total > 0] / total[total > 0]
+    if not len(ratios):
+        return float("nan"), float("nan")
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _ratio(a: float, b: float) -> float:
+    return float(a / b) if b else float("nan")

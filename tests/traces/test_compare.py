@@ -1,0 +1,139 @@
+"""Comparisons: the split, the search, the intervals, and the figures against sums by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from speckv.errors import PolicyError
+from speckv.policies import CostTable
+from speckv.traces.compare import Cell, compare, speedup_interval, split_prompts
+from speckv.traces.replay import replay
+from speckv.traces.schema import Trace
+from speckv.traces.tuning import BY_TASK, DEFAULT, FAMILIES, check_policy, tune
+from tests.traces.synthetic import COST, made_up_trace
+from tests.traces.test_replay import controller
+
+COSTS = {"fp32": COST, "int8": CostTable.from_parts(0.1, [2.0] * 16)}
+
+
+@pytest.fixture(scope="module")
+def trace() -> Trace:
+    return made_up_trace(prompts=32, length=48)
+
+
+@pytest.fixture(scope="module")
+def cells(trace: Trace) -> list[Cell]:
+    return compare(trace, COSTS)
+
+
+def test_the_split_is_by_prompt_and_task(trace: Trace) -> None:
+    chosen = split_prompts(trace, 0.5, seed=0)
+    assert len(chosen) == 16
+    for task in range(4):
+        assert len([p for p in chosen if p % 4 == task]) == 4
+    assert chosen == split_prompts(trace, 0.5, seed=0) != split_prompts(trace, 0.5, seed=1)
+    fewer = split_prompts(trace.where(lambda a: a.compression == "int8"), 0.5, seed=0)
+    assert fewer == chosen, "the same prompts, whatever else the trace holds"
+
+
+def test_every_policy_in_every_cell(cells: list[Cell]) -> None:
+    assert [(c.compression, c.temperature) for c in cells] == [
+        ("fp32", 0.0),
+        ("fp32", 0.7),
+        ("int8", 0.0),
+        ("int8", 0.7),
+    ]
+    for cell in cells:
+        assert [row.policy for row in cell.rows] == list(DEFAULT)
+        assert cell.prompts == 16
+        rows = {row.policy: row for row in cell.rows}
+        assert rows["static"].over_static == 1.0 == rows["fixed:0"].over_plain
+        assert rows["static"].over_static_95 == (1.0, 1.0) and rows["static"].gap_closed == 0.0
+        assert rows["oracle"].gap_closed == 1.0 and rows["oracle"].regret == 0.0
+        for row in cell.rows:
+            assert 0 <= row.regret < 1 and row.over_static_95[0] <= row.over_static_95[1]
+            assert sum(row.histogram) == sum(sum(t["histogram"]) for t in row.tasks.values())
+            if row.policy in FAMILIES:
+                assert set(row.settings) == set(row.search)
+                assert all(row.settings[k] in row.search[k] for k in row.search)
+    # Signals that tell the truth are worth something.
+    assert {r.policy: r for r in cells[0].rows}["confidence"].over_static > 1.0
+
+
+def test_figures_are_those_of_the_judged_prompts(trace: Trace, cells: list[Cell]) -> None:
+    chosen = split_prompts(trace, 0.5, seed=0)
+    own = trace.where(
+        lambda a: (a.compression, a.temperature) == ("int8", 0.7) and a.prompt_id not in chosen
+    )
+    cost = COSTS["int8"]
+    found = replay(own, controller("fixed:4", cost), cost)
+    row = {r.policy: r for r in cells[3].rows}["fixed:4"]
+    assert row.tokens_per_second == pytest.approx(found.tokens.sum() / found.ms.sum() * 1e3)
+    assert row.tokens_per_step == pytest.approx(found.tokens.sum() / len(found.gamma))
+    assert row.histogram == np.bincount(found.gamma, minlength=16).tolist()
+    code = [i for i, a in enumerate(own.answers) if a.task == "code"]
+    assert row.tasks["code"]["tokens_per_second"] == pytest.approx(
+        found.tokens[code].sum() / found.ms[code].sum() * 1e3
+    )
+
+
+def test_the_search_finds_the_best_of_the_training_prompts(trace: Trace) -> None:
+    train = trace.where(lambda a: a.compression == "fp32" and a.temperature == 0.0)
+    times = [replay(train, controller(f"fixed:{g}"), COST).ms.sum() for g in (0, 1, 4, 15)]
+    tuned = tune("static", train, "fp32", COST)
+    best = replay(train, tuned.controller, COST).ms.sum()
+    assert best <= min(times)
+    by_task = tune(BY_TASK, train, "fp32", COST)
+    assert replay(train, by_task.controller, COST).ms.sum() <= best
+    assert set(by_task.settings) == {"code", "math", "chat", "summarization"}
+
+
+def test_tuning_sees_no_judged_prompt(trace: Trace) -> None:
+    """Rubbish on the judged side changes no setting."""
+    chosen = split_prompts(trace, 0.5, seed=0)
+    judged = np.repeat([a.prompt_id not in chosen for a in trace.answers], trace.lengths)
+    accepted = trace.rows.accepted.copy()
+    accepted[judged] = 0
+    changed = replace(trace, rows=replace(trace.rows, accepted=accepted))
+    names = ("static", "svip", "hf-confidence", "static-by-task")
+    for ours, theirs in zip(
+        compare(trace, COSTS, names), compare(changed, COSTS, names), strict=True
+    ):
+        assert [r.settings for r in ours.rows] == [r.settings for r in theirs.rows]
+
+
+def test_intervals_cover_the_truth() -> None:
+    """In 95% or so of samples of prompts; the policies' times go together, so pairing matters."""
+    rng = np.random.default_rng(0)
+    covered, widths = 0, []
+    for seed in range(200):
+        base = rng.gamma(4.0, 1.0, 60)
+        ms = base * rng.normal(1.0, 0.1, 60) / 1.1
+        low, high = speedup_interval(ms, base, resamples=500, seed=seed)
+        covered += low <= 1.1 <= high
+        widths.append(high - low)
+    assert 180 <= covered <= 198
+    assert np.mean(widths) < 0.1
+
+
+def test_intervals_without_time() -> None:
+    assert all(np.isnan(speedup_interval(np.zeros(3), np.zeros(3))))
+
+
+def test_what_is_refused(trace: Trace) -> None:
+    with pytest.raises(ValueError, match="costs: expected a table for int8, got none"):
+        compare(trace, {"fp32": COST})
+    with pytest.raises(ValueError, match="expected a number between 0 and 1, got 1"):
+        compare(trace, COSTS, train_share=1)
+    one = trace.where(lambda a: a.prompt_id == 3)
+    with pytest.raises(ValueError, match="prompts to tune on and others to judge on, got 1 prom"):
+        compare(one, COSTS)
+    for name in (*FAMILIES, BY_TASK, "oracle", "fixed:3", "entropy:2", "paper"):
+        check_policy(name)
+    with pytest.raises(ValueError, match="got 'magic'; or one of static, .*, oracle"):
+        check_policy("magic")
+    with pytest.raises(PolicyError, match="no such file"):
+        check_policy("file:/nowhere.safetensors")
