@@ -16,17 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.lab import Lab, Row, States
+from bench.lab import COST, Lab, Row, States
 from speckv import kernels
 from speckv.kernels import layout as at
 from speckv.kernels import reference
 from speckv.kernels.layout import StepState
-from speckv.policies import CostTable, parse_policy
+from speckv.policies import parse_policy
 
 _VOCABULARIES = (32_000, 49_152, 128_256, 262_144)
 _BATCHES = (1, 4, 8)
 _WIDTHS = (1, 3, 5, 9, 16)
-_COST = CostTable.from_parts(0.3, [2.0 + 0.05 * width for width in range(16)])
 _PROMPT = [1, 2, 3]
 _CAPACITY = 64
 
@@ -77,7 +76,7 @@ def _draft_shape(lab: Lab, batch: int, vocabulary: int) -> Iterator[Row]:
     operation: Operation = (kernels.DraftStep, reference.draft_step)
     starts = [_state(lab, batch)]
     for name in ("fixed:15", "entropy:2.0", "paper", "speckv"):
-        policy = parse_policy(name).pack(cost=_COST).to(lab.device)
+        policy = parse_policy(name).pack(cost=COST).to(lab.device)
         forms: dict[str, list[Tensors]] = {"greedy": [{}], "sampled": [sampled]}
         if name == "fixed:15":
             forms["truncated"] = truncated
@@ -149,13 +148,15 @@ def _step_row(
         copy = i % len(logits)
         steps.append(prepared(logits[copy], state, policy, **options[copy % len(options)]))
     calls: Calls = [partial(step, logits[i % len(logits)]) for i, step in enumerate(steps)]
-    scratch = steps[0]._launch.keywords.get("scratch")
     arguments = {name: tensor.cpu() for name, tensor in options[0].items()}
     same = states.gives(
         calls[0], lambda state: twin(logits[0].cpu(), state, policy.cpu(), **arguments)
     )
-    config = None if scratch is None else asdict(scratch.config)
-    return {"config": config, **_gated(lab, same, calls, states.restore)}
+    config = steps[0].config
+    return {
+        "config": config and asdict(config),
+        **_gated(lab, same, calls, states.restore),
+    }
 
 
 def _cutoff_rows(lab: Lab, logits: Tensor, count: int, shape: Row) -> Iterator[Row]:
@@ -172,11 +173,10 @@ def _cutoff_rows(lab: Lab, logits: Tensor, count: int, shape: Row) -> Iterator[R
         same = torch.allclose(got[0], want[0], rtol=2.0**-7) and torch.allclose(
             got[1], want[1], rtol=1e-4
         )
-        scratch = prepared._scratch
         yield {
             "name": f"cutoff {form}",
             **shape,
-            "config": None if scratch is None else asdict(scratch.config),
+            "config": prepared.config and asdict(prepared.config),
             **_gated(lab, same, calls, _nothing),
         }
 

@@ -11,8 +11,12 @@ from torch import Tensor
 
 from bench.environment import environment
 from speckv.kernels.layout import StepState
+from speckv.policies import CostTable
 
 Row = dict[str, Any]
+
+COST = CostTable.from_parts(0.3, [2.0 + 0.05 * width for width in range(16)])
+"""For policies that weigh costs; what they decide is not what is measured."""
 
 _LAUNCHES = 100
 

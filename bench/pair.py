@@ -19,29 +19,11 @@ from typing import Any
 import numpy as np
 
 from bench.environment import environment, write_json
-from bench.plain import bootstrap_median
+from bench.sides import bootstrap_median
 from speckv import Engine, Result, SamplingParams
-from speckv.prompts import EVALUATION, TASKS, Prompt
+from speckv.prompts import Prompt, evaluation_prompts
 
 PLAIN = "fixed:0"
-
-
-def prompts_of(per_task: int, skip: int) -> list[Prompt]:
-    """Evaluation prompts ``skip`` to ``skip + per_task`` of each task, the tasks taking turns.
-
-    Raises
-    ------
-    ValueError
-        The evaluation set has fewer.
-    """
-    most = min(map(len, EVALUATION.values()))
-    if per_task < 1 or skip < 0 or skip + per_task > most:
-        raise ValueError(f"prompts: expected some of {most} a task, got {skip} + {per_task}")
-    return [
-        Prompt(task, EVALUATION[task][turn])
-        for turn in range(skip, skip + per_task)
-        for task in TASKS
-    ]
 
 
 def measure(
@@ -134,7 +116,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    prompts = prompts_of(arguments.per_task, arguments.skip)
+    prompts = evaluation_prompts(arguments.per_task, skip=arguments.skip)
     engine = Engine.from_pretrained(draft=arguments.draft, compression=arguments.dtype)
     document = measure(engine, arguments.policies.split(","), prompts, arguments.tokens)
     for name, parts in document["policies"].items():

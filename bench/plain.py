@@ -10,19 +10,23 @@ tokens per second, with a bootstrap interval over pairs.
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from bench.environment import environment, write_json
+from bench.sides import (
+    DTYPES,
+    bootstrap_median,
+    compare,
+    differing,
+    engine_side,
+    transformers_side,
+)
 from speckv import Engine, SamplingParams
 from speckv.models.hub import fetch
 from speckv.prompts import evaluation_prompts
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def measure(dtype: str, pairs: int, tokens: int) -> dict[str, Any]:
@@ -36,41 +40,21 @@ def measure(dtype: str, pairs: int, tokens: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     engine = Engine.from_pretrained(compression=dtype, policy="fixed:0")
-    model = AutoModelForCausalLM.from_pretrained(fetch(), dtype=_DTYPES[dtype])
+    model = AutoModelForCausalLM.from_pretrained(fetch(), dtype=DTYPES[dtype])
     model.eval()
     model.generation_config.eos_token_id = None  # as ignore_eos: both go the whole length
     params = SamplingParams(max_new_tokens=tokens, ignore_eos=True)
     prompts = [engine.encode(prompt.text, chat=True) for prompt in evaluation_prompts(5)]
 
-    def ours(prompt: list[int]) -> tuple[float, list[int]]:
-        start = time.perf_counter()
-        result = engine.generate(prompt, params)
-        return time.perf_counter() - start, result.token_ids
-
-    def theirs(prompt: list[int]) -> tuple[float, list[int]]:
-        ids = torch.tensor([prompt])
-        start = time.perf_counter()
-        with torch.inference_mode():
-            output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=tokens,
-            )
-        return time.perf_counter() - start, output[0, len(prompt) :].tolist()
-
-    ours(prompts[0])
-    theirs(prompts[0])
-    rows = []
-    for pair in range(pairs):
-        prompt = prompts[pair % len(prompts)]
-        order = (ours, theirs) if pair % 2 == 0 else (theirs, ours)
-        times, ids = {}, {}
-        for run in order:
-            times[run], ids[run] = run(prompt)
-        if dtype == "fp32" and ids[ours] != ids[theirs]:
-            raise RuntimeError(f"token ids differ from transformers' on prompt {pair}")
-        rows.append({"speckv_s": times[ours], "transformers_s": times[theirs]})
+    sides = {
+        "speckv": engine_side(engine, params),
+        "transformers": transformers_side(model, tokens),
+    }
+    for run in sides.values():
+        run(prompts[0])
+    turns = [prompts[pair % len(prompts)] for pair in range(pairs)]
+    found = compare(sides, turns, exact=dtype == "fp32")
+    rows = [{f"{name}_s": row[name]["seconds"] for name in sides} for row in found]
     ratios = np.array([row["transformers_s"] / row["speckv_s"] for row in rows])
     low, high = bootstrap_median(ratios)
     return {
@@ -78,6 +62,7 @@ def measure(dtype: str, pairs: int, tokens: int) -> dict[str, Any]:
         "dtype": dtype,
         "tokens": tokens,
         "pairs": rows,
+        "differing_prompts": differing(found, "transformers"),
         "speckv_tokens_per_second": tokens / float(np.median([r["speckv_s"] for r in rows])),
         "transformers_tokens_per_second": tokens
         / float(np.median([r["transformers_s"] for r in rows])),
@@ -87,16 +72,9 @@ def measure(dtype: str, pairs: int, tokens: int) -> dict[str, Any]:
     }
 
 
-def bootstrap_median(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]:
-    """95% percentile bootstrap interval of the median."""
-    draws = np.random.default_rng(0).choice(values, (resamples, len(values)))
-    low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
-    return float(low), float(high)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="fp32")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
     parser.add_argument("--pairs", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--out", type=Path, help="JSON file to write")

@@ -181,6 +181,8 @@ class Cutoff:
     ----------
     cutoffs, lse : float32 [R]
         Results, overwritten by each call.
+    config : SplitConfig, optional
+        How the launch is cut; None on the CPU.
 
     Raises
     ------
@@ -217,10 +219,13 @@ class Cutoff:
         self.lse = torch.full((count,), float("nan"), device=device)
         self._parameters = (inv_temperature, top_k, top_p)
         self._rows = rows
+        self.config: SplitConfig | None = None
         self._scratch = None
         if device.type != "cpu":
-            config = _select_config(vocabulary)
-            self._scratch = CutoffScratch.allocate(count, vocabulary, logits.dtype, config, device)
+            self.config = _select_config(vocabulary)
+            self._scratch = CutoffScratch.allocate(
+                count, vocabulary, logits.dtype, self.config, device
+            )
 
     def __call__(self, logits: Tensor) -> None:
         """Fill the results. Shape, dtype and device of ``logits`` are those of the example."""

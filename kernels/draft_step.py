@@ -143,6 +143,11 @@ class DraftStep:
     state, policy, inv_temperature, seeds, id_map, cutoffs, coupling
         As in `draft_step`. The tensors are kept, and read at each call.
 
+    Attributes
+    ----------
+    config : Config, optional
+        How the launch is cut; None on the CPU.
+
     Raises
     ------
     TypeError, ValueError
@@ -178,10 +183,11 @@ class DraftStep:
             _check("cutoffs", cutoffs, torch.float32, (batch,), device)
         if coupling not in COUPLINGS:
             raise ValueError(f"coupling: expected one of {COUPLINGS}, got {coupling!r}")
+        self.config: Config | None = None
         launch: Callable[..., None] = reference.draft_step
         if device.type != "cpu":
-            config = _select_config(vocabulary, _sm_count(device))
-            scratch = Scratch.allocate(batch, config, device)
+            self.config = _select_config(vocabulary, _sm_count(device))
+            scratch = Scratch.allocate(batch, self.config, device)
             launch = partial(draft_step_out, scratch=scratch)
         self._launch = partial(
             launch,

@@ -123,6 +123,11 @@ class VerifyRejection:
     draft_lse, draft_ids
         As in `verify_rejection`. The tensors are kept, and read at each call.
 
+    Attributes
+    ----------
+    config : SplitConfig, optional
+        How the launch is cut; None on the CPU.
+
     Raises
     ------
     TypeError, ValueError
@@ -158,10 +163,11 @@ class VerifyRejection:
         check_tensor("draft_lse", draft_lse, "float32", drafts, device, dense=True)
         if draft_ids is not None:
             check_tensor("draft_ids", draft_ids, "int32", (vocabulary,), device)
+        self.config: SplitConfig | None = None
         launch: Callable[..., None] = reference.verify_rejection
         if device.type != "cpu":
-            config = _select_config(vocabulary)
-            scratch = ChoiceScratch.allocate(batch, width, config, device, channels=2)
+            self.config = _select_config(vocabulary)
+            scratch = ChoiceScratch.allocate(batch, width, self.config, device, channels=2)
             launch = partial(verify_rejection_out, scratch=scratch)
         self._launch = partial(
             launch,

@@ -205,6 +205,11 @@ class Verify:
     state, policy, eos, inv_temperature, seeds, cutoffs
         As in `verify`. The tensors are kept, and read at each call.
 
+    Attributes
+    ----------
+    config : SplitConfig, optional
+        How the launch is cut; None on the CPU.
+
     Raises
     ------
     TypeError, ValueError
@@ -229,10 +234,11 @@ class Verify:
             check_tensor("seeds", seeds, "int64", (batch,), device)
         if cutoffs is not None:
             check_tensor("cutoffs", cutoffs, "float32", (batch, width), device, dense=True)
+        self.config: SplitConfig | None = None
         launch: Callable[..., None] = reference.verify
         if device.type != "cpu":
-            config = _select_config(vocabulary)
-            scratch = ChoiceScratch.allocate(batch, width, config, device)
+            self.config = _select_config(vocabulary)
+            scratch = ChoiceScratch.allocate(batch, width, self.config, device)
             launch = partial(verify_out, scratch=scratch)
         self._launch = partial(
             launch, eos=eos, inv_temperature=inv_temperature, seeds=seeds, cutoffs=cutoffs

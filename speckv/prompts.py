@@ -37,23 +37,29 @@ def _load() -> dict[str, list[str]]:
 EVALUATION = _load()
 
 
-def evaluation_prompts(per_task: int | None = None) -> list[Prompt]:
+def evaluation_prompts(per_task: int | None = None, *, skip: int = 0) -> list[Prompt]:
     """The evaluation set, its tasks taking turns.
 
     Parameters
     ----------
     per_task : int, optional
         The first so many of each task; all of them if not given.
+    skip : int
+        How many of each task are left out before.
 
     Raises
     ------
     ValueError
-        ``per_task`` is below 1 or above what the smallest task has.
+        ``skip`` is negative, or ``per_task`` below 1, or the smallest task has fewer.
     """
-    most = min(map(len, EVALUATION.values()))
+    smallest = min(map(len, EVALUATION.values()))
+    if not 0 <= skip < smallest:
+        raise ValueError(f"skip: expected 0 to {smallest - 1}, got {skip}")
+    most = smallest - skip
     if per_task is not None and not 1 <= per_task <= most:
         raise ValueError(f"per_task: expected 1 to {most}, got {per_task}")
-    turns = range(max(map(len, EVALUATION.values())) if per_task is None else per_task)
+    longest = max(map(len, EVALUATION.values()))
+    turns = range(skip, longest if per_task is None else skip + per_task)
     return [
         Prompt(task, texts[turn])
         for turn in turns

@@ -41,6 +41,20 @@ def test_evaluation_tasks_take_turns() -> None:
     assert every[:8] == evaluation_prompts(2)
 
 
+def test_some_prompts_can_be_left_out() -> None:
+    every = evaluation_prompts(5)
+    assert evaluation_prompts(3, skip=2) == every[2 * len(TASKS) :]
+    rest = evaluation_prompts(skip=2)
+    assert rest[: 3 * len(TASKS)] == every[2 * len(TASKS) :]
+    assert len(rest) == len(evaluation_prompts()) - 2 * len(TASKS)
+    most = min(map(len, EVALUATION.values()))
+    with pytest.raises(ValueError, match="^per_task: expected 1 to 2, got 3$"):
+        evaluation_prompts(3, skip=most - 2)
+    for skip in (-1, most):
+        with pytest.raises(ValueError, match=rf"^skip: expected 0 to {most - 1}, got {skip}$"):
+            evaluation_prompts(1, skip=skip)
+
+
 @pytest.mark.parametrize("per_task", [0, -1, 31])
 def test_evaluation_refuses_a_wrong_size(per_task: int) -> None:
     with pytest.raises(ValueError, match=rf"^per_task: expected 1 to \d+, got {per_task}$"):
