@@ -23,6 +23,7 @@ from tests import report
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*(ROOT / "speckv").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+MODULES = sorted([*SOURCES, *(ROOT / "bench").rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
 KERNELS = [path for path in SOURCES if (ROOT / "kernels") in path.parents]
 
 
@@ -40,9 +41,6 @@ def _python(program: str, cwd: Path = ROOT, **environment: str) -> subprocess.Co
 
 def _id(path: Path) -> str:
     return str(path.relative_to(ROOT))
-
-
-# imports
 
 
 def test_kernels_is_a_committed_symlink() -> None:
@@ -83,14 +81,18 @@ def test_importing_the_package_is_cheap() -> None:
     assert done.stdout == "False\n", done.stderr
 
 
-_LAYERS = ("kernels", "models", "policies", "decoding", "engine", "cli")
+_BELOW_ENGINE = {"decoding", "models", "policies", "kernels"}
 _MAY_IMPORT = {
     "kernels": {"kernels"},
     "models": {"models", "kernels"},
     "policies": {"policies", "kernels"},
     "decoding": {"decoding", "models", "policies", "kernels"},
-    "engine": {"engine", "decoding", "models", "policies", "kernels"},
+    "prompts": {"prompts"},
+    "training": {"training", "prompts", *_BELOW_ENGINE},
+    "traces": {"traces", "prompts", *_BELOW_ENGINE},
+    "engine": {"engine", *_BELOW_ENGINE},
 }
+_LAYERS = (*_MAY_IMPORT, "cli")
 
 
 def _layer(module: str) -> str | None:
@@ -148,17 +150,14 @@ def test_only_kernel_bodies_are_untyped(path: Path) -> None:
 _SELF = ("self", "cls")
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=_id)
+@pytest.mark.parametrize("path", MODULES, ids=_id)
 def test_modules_stay_small(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 600
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
 
 
 def test_errors() -> None:
     assert all(issubclass(e, SpeckvError) for e in (ModelError, NumericsError, PolicyError))
     assert issubclass(NumericsError, RuntimeError) and issubclass(PolicyError, ValueError)
-
-
-# packaging
 
 
 @pytest.fixture(scope="module")
@@ -236,8 +235,6 @@ def test_ci_runs_make_test() -> None:
     assert os.access(script, os.X_OK)
     assert script.read_text(encoding="utf-8").splitlines()[-1] == "make test"
 
-
-# tests about tests
 
 _CONFTEST = (ROOT / "tests" / "conftest.py").read_text(encoding="utf-8")
 _INI = """
@@ -339,9 +336,6 @@ def test_each_mode_runs_its_own_tests(
     assert set(re.findall(r"::test_(\w+) PASSED", result.stdout.str())) == expected
 
 
-# the report of `make test-full`
-
-
 def test_report_reads_counts_and_lossless_cells(project: pytest.Pytester) -> None:
     project.makepyfile(
         """
@@ -398,9 +392,6 @@ def test_report_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert document["versions"]["torch"] and document["machine"]["cpu"]
     assert os.uname().nodename not in json.dumps(document["machine"])
     assert document["lossless"]["cells"] == 0
-
-
-# doctor
 
 
 def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

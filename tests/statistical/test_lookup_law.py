@@ -20,6 +20,7 @@ from tests.statistical.runs import Runs, Setting, plain_tokens, run
 from tests.statistical.vectorised import Operations
 
 RUNS = 10_000
+FULL_SIZE = 200_000
 PROMPT = (1, 3, 4, 2, 1, 1, 4, 4, 3, 1, 2, 0, 1, 1, 4, 4)
 """What the target says after 1 3, so that looking up in it is right now and then."""
 
@@ -40,13 +41,23 @@ def assert_varied(runs: Runs) -> None:
     assert 0.1 < runs.acceptance < 0.8
 
 
-@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-def test_joint_law(setting: Setting) -> None:
-    runs = run(setting, RUNS, Operations())
+def assert_lawful(setting: Setting, count: int) -> None:
+    runs = run(setting, count, Operations())
     assert_varied(runs)
     assert law_p_value(runs.tokens, setting.law) > ACCEPT_ABOVE
     if setting.coupling == "gumbel":
-        assert torch.equal(runs.tokens, plain_tokens(setting, RUNS))
+        assert torch.equal(runs.tokens, plain_tokens(setting, count))
+
+
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_joint_law(setting: Setting) -> None:
+    assert_lawful(setting, RUNS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
+def test_joint_law_at_full_size(setting: Setting) -> None:
+    assert_lawful(setting, FULL_SIZE)
 
 
 def test_a_lookup_that_passes_for_unsure_is_caught() -> None:
