@@ -193,7 +193,7 @@ def distill(
 @contextmanager
 def _claimed(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
     """The folder of what is unfinished in ``out``, for this process and these settings alone."""
-    whole = out.expanduser().resolve()
+    whole = out.resolve()
     whole.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(whole.with_name(whole.name + ".lock"))
     try:
