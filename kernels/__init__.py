@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .cutoff import cutoff as cutoff
     from .draft_step import DraftStep as DraftStep
     from .draft_step import draft_step as draft_step
+    from .linear import Linear as Linear
+    from .linear import linear as linear
     from .rejection import VerifyRejection as VerifyRejection
     from .rejection import verify_rejection as verify_rejection
     from .verify import Verify as Verify
@@ -27,10 +29,12 @@ if TYPE_CHECKING:
 PUBLIC = {
     "Cutoff": "cutoff",
     "DraftStep": "draft_step",
+    "Linear": "linear",
     "Verify": "verify",
     "VerifyRejection": "rejection",
     "cutoff": "cutoff",
     "draft_step": "draft_step",
+    "linear": "linear",
     "verify": "verify",
     "verify_rejection": "rejection",
 }

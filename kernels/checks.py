@@ -8,6 +8,10 @@ from torch import Tensor
 _DTYPES = {
     "floating": (torch.float32, torch.float16, torch.bfloat16),
     "float32": (torch.float32,),
+    "float16": (torch.float16,),
+    "bfloat16": (torch.bfloat16,),
+    "uint8": (torch.uint8,),
+    "int8": (torch.int8,),
     "int32": (torch.int32,),
     "int64": (torch.int64,),
 }
@@ -29,7 +33,7 @@ def check_tensor(
     name : str
         Of the argument, for the message.
     dtype : str
-        ``"floating"`` (fp32, fp16, bf16), ``"float32"``, ``"int32"`` or ``"int64"``.
+        ``"floating"`` (fp32, fp16, bf16), or torch's name of a type, such as ``"int32"``.
     shape : tuple
         None where any size will do.
     device : torch.device, optional

@@ -20,7 +20,7 @@ from typing import Any
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 """What every kernel is compiled for in the tests."""
 
-MODULES = ("draft_step", "verify", "rejection", "cutoff")
+MODULES = ("draft_step", "verify", "rejection", "cutoff", "linear")
 """Modules of this package that export ``SPECS``."""
 
 FP_FUSION = True
@@ -45,6 +45,8 @@ class Variant:
         Whether every load of logits must be 16 bytes a thread. Logits are what a kernel loads
         with ``eviction_policy="evict_first"``, which names these loads in the disassembly.
     num_warps, num_stages : int
+    maxnreg : int, optional
+        Registers that a thread may use, where the compiler is not to choose.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Variant:
     wide_loads: bool = False
     num_warps: int = 4
     num_stages: int = 1
+    maxnreg: int | None = None
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,7 @@ def compile_variant(spec: KernelSpec, variant: Variant, arch: str) -> CompiledRe
     options = {
         "num_warps": variant.num_warps,
         "num_stages": variant.num_stages,
+        "maxnreg": variant.maxnreg,
         "enable_fp_fusion": FP_FUSION,
     }
     target = GPUTarget("cuda", int(number[1]), 32)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -23,50 +22,12 @@ import torch
 from torch import Tensor
 
 from speckv.errors import ModelError
+from speckv.kernels.packed import NF4_BLOCK, Int8Weight, Nf4Weight, Weight
 from speckv.models.base import COMPRESSIONS
 
 __all__ = ["Int8Weight", "Nf4Weight", "compress", "fuse", "resolve_formats"]
 
 _FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_NF4_BLOCK = 64
-
-
-@dataclass(frozen=True)
-class Int8Weight:
-    """A row-wise int8 weight: ``codes`` [N, K] int8 and ``scale`` [N] fp32, the row maxima."""
-
-    codes: Tensor
-    scale: Tensor
-
-    def expand(self, dtype: torch.dtype) -> Tensor:
-        """The weight [N, K] in ``dtype``: ``codes * scale / 127``, computed in fp32."""
-        return (self.codes.float() * (self.scale / 127.0)[:, None]).to(dtype)
-
-
-@dataclass(frozen=True)
-class Nf4Weight:
-    """A 4-bit NormalFloat weight of shape ``shape``.
-
-    ``codes`` [N * K / 2] uint8 holds two codes a byte, the first in the high half; ``absmax``
-    [N * K / 64] fp32 the maximum of each block of 64; ``table`` [16] fp32 the values of the codes.
-    """
-
-    codes: Tensor
-    absmax: Tensor
-    table: Tensor
-    shape: tuple[int, int]
-
-    def expand(self, dtype: torch.dtype) -> Tensor:
-        """The weight [N, K] in ``dtype``: ``table[code] * absmax``, computed in fp32."""
-        nibbles = torch.stack((self.codes >> 4, self.codes & 15), -1).flatten()
-        values = self.table[nibbles.int()]
-        total = self.shape[0] * self.shape[1]
-        padding = self.absmax.shape[0] * _NF4_BLOCK - values.shape[0]
-        blocks = torch.nn.functional.pad(values, (0, padding)).view(-1, _NF4_BLOCK)
-        return (blocks * self.absmax[:, None]).flatten()[:total].view(self.shape).to(dtype)
-
-
-Compressed = Tensor | Int8Weight | Nf4Weight
 
 
 def resolve_formats(
@@ -121,7 +82,7 @@ def _computes_in_bf16(device: torch.device) -> bool:
     return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
-def compress(weight: Tensor, compression: str, dtype: torch.dtype) -> Compressed:
+def compress(weight: Tensor, compression: str, dtype: torch.dtype) -> Weight:
     """Compress one linear weight [N, K] of any floating-point type.
 
     ``dtype`` is the type of an uncompressed result. int8 codes are made from the weight in fp16 and
@@ -139,14 +100,16 @@ def compress(weight: Tensor, compression: str, dtype: torch.dtype) -> Compressed
         codes, scale, _ = library.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
         return Int8Weight(codes, scale.float())
     codes, state = library.quantize_4bit(
-        weight.contiguous(), blocksize=_NF4_BLOCK, quant_type="nf4", compress_statistics=False
+        weight.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False
     )
     shape = (weight.shape[0], weight.shape[1])
     return Nf4Weight(codes.flatten(), state.absmax.float(), state.code.float(), shape)
 
 
-def fuse(parts: Sequence[Compressed]) -> Compressed:
+def fuse(parts: Sequence[Weight]) -> Weight:
     """Stack the rows of several weights of one format, each keeping its own codes.
+
+    Absmax values of nf4 that are themselves coded are written out in fp32.
 
     Raises
     ------
@@ -166,14 +129,14 @@ def fuse(parts: Sequence[Compressed]) -> Compressed:
     blocks = [part for part in parts if isinstance(part, Nf4Weight)]
     columns = first.shape[1]
     for part in blocks:
-        if part.shape[0] * columns % _NF4_BLOCK:
+        if part.shape[0] * columns % NF4_BLOCK:
             raise ValueError(
-                f"weight: nf4 needs a multiple of {_NF4_BLOCK} elements to be fused, "
+                f"weight: nf4 needs a multiple of {NF4_BLOCK} elements to be fused, "
                 f"got {part.shape[0]} x {columns}"
             )
     return Nf4Weight(
         torch.cat([part.codes for part in blocks]),
-        torch.cat([part.absmax for part in blocks]),
+        torch.cat([part.scales() for part in blocks]),
         first.table,
         (sum(part.shape[0] for part in blocks), columns),
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from speckv.errors import ModelError
+from speckv.kernels.packed import NestedScales
 from speckv.models import quantize
 from speckv.models.loading import wrap_model
 from speckv.models.quantize import Int8Weight, Nf4Weight, compress, fuse, resolve_formats
@@ -67,6 +68,23 @@ def test_fused_parts_keep_their_own_codes(compression: str, weight: Tensor) -> N
     fused = fuse(parts)
     assert not isinstance(fused, Tensor)
     apart = [part.expand(torch.bfloat16) for part in parts if not isinstance(part, Tensor)]
+    assert torch.equal(fused.expand(torch.bfloat16), torch.cat(apart))
+
+
+def test_double_quantised_parts_are_fused_by_their_values(weight: Tensor) -> None:
+    library = quantize._bitsandbytes()
+    parts = []
+    for rows in (weight[:8, :64].contiguous(), weight[8:, :64].contiguous()):
+        codes, state = library.quantize_4bit(
+            rows, blocksize=64, quant_type="nf4", compress_statistics=True
+        )
+        nested = NestedScales(state.state2.code, state.state2.absmax, state.offset)
+        shape = (rows.shape[0], 64)
+        parts.append(Nf4Weight(codes.flatten(), state.absmax, state.code, shape, nested))
+        assert torch.equal(parts[-1].expand(torch.float32), library.dequantize_4bit(codes, state))
+    fused = fuse(parts)
+    assert isinstance(fused, Nf4Weight) and fused.nested is None
+    apart = [part.expand(torch.bfloat16) for part in parts]
     assert torch.equal(fused.expand(torch.bfloat16), torch.cat(apart))
 
 

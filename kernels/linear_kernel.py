@@ -1,0 +1,366 @@
+"""The device half of `linear`: ``y = x @ W.T`` for few rows, at the speed at which ``W`` is read.
+
+A program computes a tile of 16 rows by ``BLOCK_N`` columns over one split of the depth K, in fp32,
+block after block of K. The splits of a tile store their sums; the last one to arrive adds them in
+index order. Then, in fp32, with ``n`` a row of ``W`` and a single rounding at the end::
+
+    y[n] = scale[n] * sum_k(x[k] * W[n, k]) + bias[n]          scale: int8 only, SCB / 127
+    y[n] = silu(y[n]) * y[n + columns]                         SWIGLU: gate rows, then up rows
+    y[n] = y[n] + residual[n]
+
+nf4 (Dettmers et al., QLoRA, 2023) scales by blocks of 64 along K. The sum over a block is taken of
+the bare code values, rounded to the type of ``x``, and is then scaled by the block's ``absmax``:
+one multiplication a block and column instead of one a weight. A byte holds two weights, so each
+block is the sum of two products, of the even and of the odd elements of ``x``.
+
+Rules: neither the blocks, nor the splits, nor their order depend on how many rows there are or on
+where in its tile a row is, so its bits do not either. NaN and infinities stay in their row. Weight
+rows past the last are read as the last one, and what comes of them is not stored; rows of ``x``
+past the last are read as zeros.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import linear_config as cut
+from .nf4_lookup import NF4_BF16, NF4_FP16
+
+_LOOKUP_BF16: tl.constexpr = tl.constexpr(NF4_BF16)
+_LOOKUP_FP16: tl.constexpr = tl.constexpr(NF4_FP16)
+
+
+@triton.jit
+def _dot(x, w, acc, EMULATED: tl.constexpr):
+    """``acc + x @ w.T``, with ``w`` of the type of ``x`` or int8, which that type holds exactly.
+
+    The interpreter computes wrongly in bf16; in fp32, products of 16-bit floats are exact as well.
+    """
+    if EMULATED:
+        acc = tl.dot(x.to(tl.float32), tl.trans(w.to(tl.float32)), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(x, tl.trans(w.to(x.dtype)), acc)
+    return acc
+
+
+@triton.jit
+def _round(y, dtype: tl.constexpr, EMULATED: tl.constexpr):
+    """``y`` in ``dtype``, to nearest even; the interpreter truncates to bf16 what it is given."""
+    if EMULATED and dtype == tl.bfloat16:
+        bits = y.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        y = (bits & -0x10000).to(tl.float32, bitcast=True)
+    return y.to(dtype)
+
+
+@triton.jit
+def _load_block(ptr, m_rows, m_depth, EVEN: tl.constexpr):
+    """A block of ``x``: rows past the last, and where K has a tail elements past it, are 0."""
+    if EVEN:
+        return tl.load(ptr, mask=m_rows, other=0)
+    return tl.load(ptr, mask=m_rows & m_depth, other=0)
+
+
+@triton.jit
+def _load_weight(ptr, m_depth, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(ptr)
+    return tl.load(ptr, mask=m_depth, other=0)
+
+
+@triton.jit
+def _sum_dense(
+    x_ptr,
+    weight_ptr,
+    up_ptr,
+    stride_x,
+    m_rows,
+    o_row,
+    depth,
+    first,
+    last,
+    SWIGLU: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """Sums over blocks ``first .. last - 1`` of K; weights are 16-bit floats or int8 codes.
+
+    ``weight_ptr`` and ``up_ptr`` are at the first weight row of the tile, whose rows are ``o_row``.
+    """
+    o_k = tl.arange(0, BLOCK_K)
+    o_w = o_row * depth
+    o_x = tl.arange(0, cut.TILE_ROWS) * stride_x
+    acc = tl.zeros([cut.TILE_ROWS, BLOCK_N], tl.float32)
+    acc_up = acc
+    for i_block in range(first, last):
+        k = i_block * BLOCK_K
+        m_depth = (k + o_k < depth)[None, :]
+        x = _load_block(x_ptr + o_x[:, None] + (k + o_k)[None, :], m_rows[:, None], m_depth, EVEN)
+        o_weight = o_w[:, None] + (k + o_k)[None, :]
+        w = _load_weight(weight_ptr + o_weight, m_depth, EVEN)
+        acc = _dot(x, w, acc, EMULATED)
+        if SWIGLU:
+            w = _load_weight(up_ptr + o_weight, m_depth, EVEN)
+            acc_up = _dot(x, w, acc_up, EMULATED)
+    return acc, acc_up
+
+
+@triton.jit
+def _absmax(scale_ptr, nested_code_ptr, nested_absmax_ptr, offset, o_block, NESTED: tl.constexpr):
+    """Scales of the blocks ``o_block``; nested ones are codes of blocks of 256 scales."""
+    scale = tl.load(scale_ptr + o_block)
+    if NESTED:
+        outer = tl.load(nested_absmax_ptr + (o_block >> 8))
+        scale = tl.load(nested_code_ptr + scale.to(tl.int32)) * outer + offset
+    return scale
+
+
+@triton.jit
+def _values(codes, table_ptr, dtype: tl.constexpr, STANDARD: tl.constexpr):
+    """Values of the first and of the second weight of each byte, rounded to ``dtype``."""
+    if STANDARD:
+        if dtype == tl.bfloat16:
+            first, second = tl.inline_asm_elementwise(
+                _LOOKUP_BF16,
+                "=r,=r,=r,=r,r",
+                [codes],
+                (tl.bfloat16, tl.bfloat16),
+                is_pure=True,
+                pack=4,
+            )
+        else:
+            first, second = tl.inline_asm_elementwise(
+                _LOOKUP_FP16,
+                "=r,=r,=r,=r,r",
+                [codes],
+                (tl.float16, tl.float16),
+                is_pure=True,
+                pack=4,
+            )
+    else:
+        code = codes.to(tl.int32)
+        first = tl.load(table_ptr + (code >> 4))
+        second = tl.load(table_ptr + (code & 15))
+    return first, second
+
+
+@triton.jit
+def _sum_block(x_even, x_odd, codes, absmax, table_ptr, acc, STANDARD, EMULATED):
+    """``acc`` plus the sum over one block of 64 elements of K."""
+    w_even, w_odd = _values(codes, table_ptr, x_even.dtype, STANDARD)
+    partial = _dot(x_even, w_even, tl.zeros_like(acc), EMULATED)
+    partial = _dot(x_odd, w_odd, partial, EMULATED)
+    return acc + partial * absmax[None, :]
+
+
+@triton.jit
+def _sum_nf4(
+    x_ptr,
+    weight_ptr,
+    up_ptr,
+    scale_ptr,
+    nested_code_ptr,
+    nested_absmax_ptr,
+    offset_ptr,
+    table_ptr,
+    stride_x,
+    m_rows,
+    o_row,
+    o_n,
+    o_up,
+    depth,
+    first,
+    last,
+    dtype: tl.constexpr,
+    NESTED: tl.constexpr,
+    STANDARD: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    """`_sum_dense` of packed nf4; ``x_ptr`` is of int32, ``o_n`` and ``o_up`` index weight rows."""
+    o_pair = tl.arange(0, 32)
+    o_x = tl.arange(0, cut.TILE_ROWS) * stride_x
+    acc = tl.zeros([cut.TILE_ROWS, BLOCK_N], tl.float32)
+    acc_up = acc
+    blocks = depth // 64
+    o_w = o_row * (blocks * 32)
+    offset = 0.0
+    if NESTED:
+        offset = tl.load(offset_ptr)
+    for i_step in range(first, last):
+        for i_sub in tl.static_range(BLOCK_K // 64):
+            i_block = i_step * (BLOCK_K // 64) + i_sub
+            o_k = i_block * 32 + o_pair
+            pair = tl.load(x_ptr + o_x[:, None] + o_k[None, :], mask=m_rows[:, None], other=0)
+            x_even = pair.to(tl.int16).to(dtype, bitcast=True)
+            x_odd = (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
+            o_codes = o_w[:, None] + o_k[None, :]
+            codes = tl.load(weight_ptr + o_codes)
+            absmax = _absmax(
+                scale_ptr,
+                nested_code_ptr,
+                nested_absmax_ptr,
+                offset,
+                o_n * blocks + i_block,
+                NESTED,
+            )
+            acc = _sum_block(x_even, x_odd, codes, absmax, table_ptr, acc, STANDARD, EMULATED)
+            if SWIGLU:
+                codes = tl.load(up_ptr + o_codes)
+                absmax = _absmax(
+                    scale_ptr,
+                    nested_code_ptr,
+                    nested_absmax_ptr,
+                    offset,
+                    o_up * blocks + i_block,
+                    NESTED,
+                )
+                acc_up = _sum_block(
+                    x_even, x_odd, codes, absmax, table_ptr, acc_up, STANDARD, EMULATED
+                )
+    return acc, acc_up
+
+
+@triton.jit
+def _finish(acc, scale_ptr, bias_ptr, o_n, INT8: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """Scale int8 columns and add the bias."""
+    if INT8:
+        acc = acc * (tl.load(scale_ptr + o_n) * (1.0 / 127.0))[None, :]
+    if HAS_BIAS:
+        acc = acc + tl.load(bias_ptr + o_n).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _linear_kernel(
+    # inputs
+    x_ptr,  # [rows, K]; int32 [rows, K / 2] for nf4
+    weight_ptr,  # [N, K]; uint8 [N, K / 2] for nf4
+    scale_ptr,  # int8: [N]; nf4: [N * K / 64]
+    nested_code_ptr,  # [256]
+    nested_absmax_ptr,  # [N * K / 64 / 256]
+    offset_ptr,  # [1]
+    table_ptr,  # [16], of the type of x
+    bias_ptr,  # [N]
+    residual_ptr,  # [rows, columns]
+    # output and scratch
+    out_ptr,  # [rows, columns]
+    partials_ptr,  # [row tiles, column tiles, SPLITS, 1 or 2, TILE_ROWS, BLOCK_N]
+    counters_ptr,  # [row tiles, column tiles], zero between launches
+    # shape
+    stride_x,
+    stride_residual,
+    stride_out,
+    rows,
+    columns,
+    depth,
+    # constants
+    KIND: tl.constexpr,  # "dense", "int8", "nf4"
+    SWIGLU: tl.constexpr,
+    NESTED: tl.constexpr,
+    STANDARD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
+    i_row_tile = tl.program_id(0).to(tl.int64)
+    i_tile = tl.program_id(1)
+    i_split = tl.program_id(2)
+    o_row = tl.arange(0, cut.TILE_ROWS)
+    m_rows = i_row_tile * cut.TILE_ROWS + o_row < rows
+    x_ptr += i_row_tile * cut.TILE_ROWS * stride_x
+    o_column = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_n = tl.minimum(o_column, columns - 1)
+    start = i_tile.to(tl.int64) * BLOCK_N
+    blocks = tl.cdiv(depth, BLOCK_K)
+    first = blocks * i_split // SPLITS
+    last = blocks * (i_split + 1) // SPLITS
+
+    if KIND == "nf4":
+        acc, acc_up = _sum_nf4(
+            x_ptr,
+            weight_ptr + start * (depth // 2),
+            weight_ptr + (start + columns) * (depth // 2),
+            scale_ptr,
+            nested_code_ptr,
+            nested_absmax_ptr,
+            offset_ptr,
+            table_ptr,
+            stride_x,
+            m_rows,
+            o_n - i_tile * BLOCK_N,
+            o_n,
+            columns + o_n,
+            depth,
+            first,
+            last,
+            out_ptr.dtype.element_ty,
+            NESTED,
+            STANDARD,
+            SWIGLU,
+            BLOCK_N,
+            BLOCK_K,
+            EMULATED,
+        )
+    else:
+        acc, acc_up = _sum_dense(
+            x_ptr,
+            weight_ptr + start * depth,
+            weight_ptr + (start + columns) * depth,
+            stride_x,
+            m_rows,
+            o_n - i_tile * BLOCK_N,
+            depth,
+            first,
+            last,
+            SWIGLU,
+            BLOCK_N,
+            BLOCK_K,
+            EVEN,
+            EMULATED,
+        )
+
+    if SPLITS > 1:
+        SIZE: tl.constexpr = cut.TILE_ROWS * BLOCK_N
+        STEP: tl.constexpr = SIZE * (2 if SWIGLU else 1)
+        i_counter = i_row_tile * tl.num_programs(1) + i_tile
+        o_tile = o_row[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        m_tile = m_rows[:, None] & (o_column >= 0)[None, :]
+        p = partials_ptr + i_counter * (SPLITS * STEP) + o_tile
+        tl.store(p + i_split * STEP, acc, mask=m_tile)
+        if SWIGLU:
+            tl.store(p + i_split * STEP + SIZE, acc_up, mask=m_tile)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counters_ptr + i_counter, 1, sem="acq_rel")
+        if arrived != SPLITS - 1:
+            return
+        tl.store(counters_ptr + i_counter, 0)
+        # .cg: from L2, where the other programs' stores are.
+        acc = tl.load(p, m_tile, 0.0, cache_modifier=".cg")
+        if SWIGLU:
+            acc_up = tl.load(p + SIZE, m_tile, 0.0, cache_modifier=".cg")
+        for i in tl.static_range(1, SPLITS):
+            acc += tl.load(p + i * STEP, m_tile, 0.0, cache_modifier=".cg")
+            if SWIGLU:
+                acc_up += tl.load(p + i * STEP + SIZE, m_tile, 0.0, cache_modifier=".cg")
+
+    acc = _finish(acc, scale_ptr, bias_ptr, o_n, KIND == "int8", HAS_BIAS)
+    if SWIGLU:
+        acc_up = _finish(acc_up, scale_ptr, bias_ptr, columns + o_n, KIND == "int8", HAS_BIAS)
+        acc = acc / (1.0 + tl.exp(-acc)) * acc_up
+    o_row = i_row_tile * cut.TILE_ROWS + o_row
+    mask = m_rows[:, None] & (o_column < columns)[None, :]
+    if HAS_RESIDUAL:
+        residual_ptr += o_row[:, None] * stride_residual + o_column[None, :]
+        acc += tl.load(residual_ptr, mask=mask, other=0).to(tl.float32)
+    out_ptr += o_row[:, None] * stride_out + o_column[None, :]
+    tl.store(out_ptr, _round(acc, out_ptr.dtype.element_ty, EMULATED), mask=mask)
