@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command()(profile)
+    app.command()(replay)
 
 
 def profile(
@@ -75,6 +76,69 @@ def profile(
         f"token is accepted at {first.mean():.1%} of them",
         markup=False,
     )
+
+
+def replay(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="What speckv profile wrote.")],
+    policies: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B,...",
+            help="Policies, separated by commas: those of --policy elsewhere, static,"
+            " static-by-task, hf-confidence, hf-heuristic, adaedl, svip, confidence,"
+            " online-logistic, oracle. [default: all of them]",
+        ),
+    ] = None,
+    costs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="JSON with step_ms and step_ms_per_context_token, 16 numbers each, by"
+            " compression. [default: the costs in the trace]",
+        ),
+    ] = None,
+    train_share: Annotated[
+        float, typer.Option(help="Share of the prompts that settings are tuned on.")
+    ] = 0.5,
+    seed: Annotated[int, typer.Option(help="Of the split of the prompts.")] = 0,
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.")
+    ] = None,
+) -> None:
+    """Replay policies on a trace: what each would have done, and how fast.
+
+    Settings are tuned on some of the prompts and judged on the others, for each compression and
+    temperature. Intervals are over prompts.
+    """
+    from rich.console import Console
+
+    from ._cli_output import progress_bar, stderr_console, to_json
+    from ._cli_replay import read_costs, show
+    from .files import write_atomically
+    from .traces.compare import compare, to_dict
+    from .traces.schema import read_trace
+    from .traces.tuning import DEFAULT, check_policy
+
+    names = DEFAULT if policies is None else tuple(dict.fromkeys(policies.split(",")))
+    for name in names:
+        check_policy(name)
+    found = read_trace(trace)
+    tables = found.info.costs if costs is None else read_costs(costs)
+    cells = {(a.compression, a.temperature) for a in found.answers}
+    with progress_bar(stderr_console(), "replaying", len(cells) * len(names)) as advance:
+        compared = compare(
+            found,
+            tables,
+            names,
+            train_share=train_share,
+            seed=seed,
+            advance=lambda: advance(1),
+        )
+    show(Console(highlight=False), found, compared)
+    if json is not None:
+        document = to_dict(found, tables, compared, train_share=train_share, seed=seed)
+        text = to_json(document, indent=1) + "\n"
+        write_atomically(json.expanduser(), lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _read_prompts(text: str | None) -> list[Prompt]:

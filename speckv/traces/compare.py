@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -121,6 +121,36 @@ def compare(
         _cell(trace, training, compression, temperature, costs[compression], policies, advance)
         for compression, temperature in cells
     ]
+
+
+def to_dict(
+    trace: Trace,
+    costs: Mapping[str, CostTable],
+    cells: Sequence[Cell],
+    *,
+    train_share: float,
+    seed: int,
+) -> dict[str, Any]:
+    """A comparison as JSON values, with what it was made of; see `Cell` and `Row`."""
+    info = trace.info
+    return {
+        "trace": {
+            "target": dict(info.target),
+            "draft": dict(info.draft),
+            "device": info.device,
+            "versions": dict(info.versions),
+            "recipe": dict(info.recipe),
+            "answers": len(trace.answers),
+            "positions": len(trace.rows),
+        },
+        "costs": {cell.compression: asdict(costs[cell.compression]) for cell in cells},
+        "split": {
+            "train_share": train_share,
+            "seed": seed,
+            "train_prompts": sorted(split_prompts(trace, train_share, seed)),
+        },
+        "cells": [asdict(cell) for cell in cells],
+    }
 
 
 def split_prompts(trace: Trace, share: float, seed: int) -> frozenset[int]:

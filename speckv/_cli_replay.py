@@ -1,0 +1,101 @@
+"""``speckv replay``: costs from a file, and the comparison as tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .policies import CostTable
+    from .traces.compare import Cell, Row
+    from .traces.schema import Trace
+
+
+def read_costs(path: Path) -> dict[str, CostTable]:
+    """Cost tables by compression from a JSON file.
+
+    Raises
+    ------
+    ValueError
+        Not JSON, or not tables.
+    OSError
+        The file cannot be read.
+    """
+    from .policies import CostTable
+
+    try:
+        tables = json.loads(path.expanduser().read_text(encoding="utf-8"))
+        return {
+            name: CostTable(**{key: tuple(map(float, values)) for key, values in table.items()})
+            for name, table in tables.items()
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"--costs: expected tables by compression in {path}: {error}") from None
+
+
+def show(console: Console, trace: Trace, cells: list[Cell]) -> None:
+    """Print what was replayed, and a table for each compression and temperature."""
+    info = trace.info
+    console.print(
+        f"target {info.target['name']}, draft {info.draft['name']}, on {info.device}: "
+        f"{len(trace.answers)} answers, {len(trace.rows):,} positions",
+        markup=False,
+    )
+    for cell in cells:
+        _show_cell(console, cell)
+
+
+def _show_cell(console: Console, cell: Cell) -> None:
+    from rich.text import Text
+
+    console.print()
+    console.print(
+        f"{cell.compression}, temperature {cell.temperature:g}: judged on {cell.prompts} prompts, "
+        f"{cell.tokens:,} tokens",
+        style="bold",
+        markup=False,
+    )
+    figures = _table("tokens/s", "a step", "mean γ", "x plain", "x static", "95%", "gap closed")
+    for row in cell.rows:
+        figures.add_row(
+            Text(row.policy),
+            f"{row.tokens_per_second:.1f}",
+            f"{row.tokens_per_step:.2f}",
+            f"{_mean_gamma(row):.2f}",
+            f"{row.over_plain:.3f}",
+            f"{row.over_static:.3f}",
+            "{:.3f}-{:.3f}".format(*row.over_static_95),
+            "-" if math.isnan(row.gap_closed) else f"{row.gap_closed:.0%}",
+        )
+    console.print(figures)
+    tasks = list(cell.rows[0].tasks)
+    by_task = _table(*tasks, "regret")
+    for row in cell.rows:
+        ratios = (f"{row.tasks[task]['over_static']:.3f}" for task in tasks)
+        by_task.add_row(Text(row.policy), *ratios, f"{row.regret:.1%}")
+    console.print("x static by task", style="dim")
+    console.print(by_task)
+    for row in cell.rows:
+        if row.settings:
+            found = ", ".join(f"{name} {value:g}" for name, value in row.settings.items())
+            console.print(f"tuned {row.policy}: {found}", style="dim", markup=False)
+
+
+def _table(*columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("policy", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _mean_gamma(row: Row) -> float:
+    steps = sum(row.histogram)
+    return sum(g * n for g, n in enumerate(row.histogram)) / steps if steps else 0.0
