@@ -90,6 +90,7 @@ _MAY_IMPORT = {
     "prompts": {"prompts"},
     "training": {"training", "prompts", *_BELOW_ENGINE},
     "traces": {"traces", "prompts", *_BELOW_ENGINE},
+    "paper": {"paper", *_BELOW_ENGINE},
     "engine": {"engine", *_BELOW_ENGINE},
 }
 _LAYERS = (*_MAY_IMPORT, "cli")

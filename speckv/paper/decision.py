@@ -14,8 +14,8 @@ import torch
 from ..kernels import layout as at
 from ..kernels import reference
 from ..policies.policy import Policy
-from ..training.paper import pack
 from .data import GAMMAS, Floats
+from .policy import pack
 
 _WARM_UP = 50
 

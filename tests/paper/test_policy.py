@@ -10,11 +10,12 @@ import torch
 
 from speckv.kernels import layout as at
 from speckv.kernels import reference
+from speckv.paper import policy
 from speckv.paper.data import GAMMAS, STEP_FILE, read_steps
 from speckv.paper.protocol import new_regressor
 from speckv.policies import parse_policy
+from speckv.policies.mlp import Mlp
 from speckv.policies.policy import shipped_mlp
-from speckv.training import paper
 from tests.paper.synthetic import make_release, write_release
 
 RELEASED = Path(__file__).resolve().parents[3] / "shared" / "paper" / STEP_FILE
@@ -26,7 +27,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_learns_and_packs_what_it_learned(steps: Path) -> None:
-    mlp = paper.train(steps)
+    mlp = policy.train(steps)
     data = read_steps(steps)
     assert mlp.card["rows"] == len(data) and mlp.card["held_out_correlation"] > 0.5
     regressor = new_regressor().fit(data.inputs, data.acceptance)
@@ -56,7 +57,7 @@ def test_the_shipped_weights_say_where_they_come_from() -> None:
 def test_the_shipped_weights_are_those_of_the_released_data() -> None:
     if not RELEASED.exists():
         pytest.skip("data: the paper's released step table")
-    trained, shipped = paper.train(RELEASED), shipped_mlp("paper")
+    trained, shipped = policy.train(RELEASED), shipped_mlp("paper")
     for gamma in GAMMAS:
         features = torch.zeros(at.FEATURES)
         features[[0, 1, 2, 3]] = torch.tensor([1.0, 2.0, 0.7, 0.4])
@@ -65,7 +66,7 @@ def test_the_shipped_weights_are_those_of_the_released_data() -> None:
         assert ours == pytest.approx(theirs, abs=0.05), "scikit-learn versions differ a little"
 
 
-def _rate(mlp: paper.Mlp, features: torch.Tensor) -> float:
+def _rate(mlp: Mlp, features: torch.Tensor) -> float:
     t = mlp.tensors
     hidden = (t["hidden_weight"] @ features + t["hidden_bias"]).relu()
     return float(t["output_weight"][0] @ hidden + t["output_bias"][0])

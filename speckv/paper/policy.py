@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from ..kernels import layout as at
-from ..paper.data import COMPRESSIONS, GAMMAS, read_steps
-from ..paper.protocol import evaluate
 from ..policies.mlp import Mlp
+from .data import COMPRESSIONS, GAMMAS, read_steps
+from .protocol import evaluate
 
 # Where the paper's inputs stand among the packed ones; the compression's index is a weight of
 # 0, 1 or 2 on its one-hot.
