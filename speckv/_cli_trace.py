@@ -104,6 +104,14 @@ def replay(
     json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.")
     ] = None,
+    steps: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the greedy steps of γ = 2, 4, 6 and 8 as CSV, in the columns of SpecKV's"
+            " released data.",
+        ),
+    ] = None,
 ) -> None:
     """Replay policies on a trace: what each would have done, and how fast.
 
@@ -117,6 +125,7 @@ def replay(
     from .files import write_atomically
     from .traces.compare import compare, to_dict
     from .traces.schema import read_trace
+    from .traces.steps import write_steps
     from .traces.tuning import DEFAULT, check_policy
 
     names = DEFAULT if policies is None else tuple(dict.fromkeys(policies.split(",")))
@@ -135,6 +144,8 @@ def replay(
             advance=lambda: advance(1),
         )
     show(Console(highlight=False), found, compared)
+    if steps is not None:
+        write_steps(steps.expanduser(), found)
     if json is not None:
         document = to_dict(found, tables, compared, train_share=train_share, seed=seed)
         text = to_json(document, indent=1) + "\n"

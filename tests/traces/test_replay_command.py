@@ -34,7 +34,9 @@ def strictly(path: Path) -> Any:
 
 def test_tables_and_json(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "replay.json"
-    assert cli.run(["replay", str(path), "--json", str(out)]) == 0
+    steps = tmp_path / "steps.csv"
+    assert cli.run(["replay", str(path), "--json", str(out), "--steps", str(steps)]) == 0
+    assert len(steps.read_text().splitlines()) > 100
     shown = capsys.readouterr().out
     for text in ("fp32, temperature 0", "int8, temperature 0", "judged on 8 prompts", *DEFAULT):
         assert text in shown

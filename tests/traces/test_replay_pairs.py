@@ -98,3 +98,16 @@ def test_families(family: str) -> None:
         for a in many(3, 24)
     ]
     assert_steps_are_those_of_the_loop(*pair, asked, [90, 117, 160])
+
+
+def test_a_random_draft_costs_little() -> None:
+    """Under ``speckv``, against plain decoding."""
+    asked = [Answer(i, "t", "fp32", (0.0, 0.7, 1.0)[i % 3], i, 200, (3 + i, 5)) for i in range(3)]
+    pair = wrapped("llama", "target", "fp32"), wrapped("llama", "random", "fp32")
+    trace = join(INFO, zip(asked, record(*pair, asked, eos=[]), strict=True))
+    ours, plain = (
+        replay(trace, PackedController(POLICIES[name].pack("fp32", COST)), COST)
+        for name in ("speckv", "fixed:0")
+    )
+    assert ours.tokens_per_second > 0.98 * plain.tokens_per_second
+    assert (ours.gamma > 0).sum() > 10, "it goes on trying"
