@@ -1,0 +1,132 @@
+"""Replay against reality: a trace's answers decoded live, beside what the replay says of them.
+
+    python -m bench.replay trace.parquet --policies fixed:3,speckv
+
+Every answer is decoded under each policy and plainly, in an order that rotates from answer to
+answer, after a warm-up. Tokens must be those of the trace and steps those of the replay, or no
+number is printed. Live tokens per second are of the decoding steps (drafting, verification and
+decisions; no prefill), as the replay's are. Costs are the trace's, or measured anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.environment import environment, write_json
+from speckv import Engine, Result, SamplingParams
+from speckv.decoding.calibrate import measure as measure_costs
+from speckv.policies import CostTable, parse_policy
+from speckv.traces.packed import PackedController
+from speckv.traces.replay import Replayed, replay
+from speckv.traces.schema import Answer, Trace, read_trace
+
+PLAIN = "fixed:0"
+_WARM_UP_TOKENS = 16
+
+
+def measure(
+    engine: Engine, trace: Trace, policies: Sequence[str], cost: CostTable
+) -> dict[str, Any]:
+    """Decode a trace's answers, which are of the engine's compression.
+
+    Raises
+    ------
+    RuntimeError
+        Tokens are not the trace's, or steps not the replay's.
+    """
+    names = list(dict.fromkeys((PLAIN, *policies)))
+    engine._cost = cost  # what the policies weigh must be what the replay weighs
+    replayed = {
+        name: replay(
+            trace,
+            PackedController(parse_policy(name).pack(engine.target.compression, cost)),
+            cost,
+        )
+        for name in names
+    }
+    for name in names:
+        prompt = list(trace.answers[0].prompt_tokens)
+        engine.generate(prompt, SamplingParams(max_new_tokens=_WARM_UP_TOKENS), policy=name)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for i, answer in enumerate(trace.answers):
+        shift = i % len(names)
+        for name in names[shift:] + names[:shift]:
+            result = engine.generate(list(answer.prompt_tokens), _params(answer), policy=name)
+            check(trace, i, name, result, replayed[name])
+            parts = result.stats.seconds
+            seconds[name].append(parts["draft"] + parts["verify"] + parts["decision"])
+    return {
+        "benchmark": "replay",
+        "engine": engine.describe(),
+        "answers": len(trace.answers),
+        "tokens": int(replayed[PLAIN].tokens.sum()),
+        "policies": {name: _row(replayed[name], seconds[name]) for name in names},
+        "environment": environment(),
+    }
+
+
+def check(trace: Trace, index: int, name: str, result: Result, replayed: Replayed) -> None:
+    """Refuse an answer that is not the trace's, or steps that are not the replay's."""
+    text = trace.rows.target_token[trace.first[index] : trace.first[index + 1]].tolist()
+    if result.token_ids != text:
+        raise RuntimeError(f"{name}: the tokens of answer {index} are not the trace's")
+    if result.stats.steps != replayed.steps_of(index):
+        raise RuntimeError(f"{name}: the steps of answer {index} are not the replay's")
+
+
+def _params(answer: Answer) -> SamplingParams:
+    return SamplingParams(
+        max_new_tokens=answer.limit, temperature=answer.temperature, seed=answer.seed
+    )
+
+
+def _row(replayed: Replayed, seconds: list[float]) -> dict[str, Any]:
+    live = float(replayed.tokens.sum() / np.sum(seconds))
+    return {
+        "replayed_tokens_per_second": replayed.tokens_per_second,
+        "live_tokens_per_second": live,
+        "replayed_over_live": replayed.tokens_per_second / live,
+        "tokens_per_step": replayed.tokens_per_step,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--target", help="as for speckv generate")
+    parser.add_argument("--draft", help="as for speckv generate; that of the trace")
+    parser.add_argument("--compression", default="fp32")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--policies", default="fixed:3,speckv", help="separated by commas")
+    parser.add_argument("--answers", type=int, default=20, help="so many of the trace")
+    parser.add_argument("--measure", action="store_true", help="measure costs anew")
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    arguments = parser.parse_args()
+    kind = (arguments.compression, arguments.temperature)
+    trace = read_trace(arguments.trace)
+    chosen = [a for a in trace.answers if (a.compression, a.temperature) == kind]
+    kept = set(chosen[: arguments.answers])
+    trace = trace.where(lambda a: a in kept)
+    engine = Engine.from_pretrained(
+        arguments.target, arguments.draft, compression=arguments.compression
+    )
+    cost = trace.info.costs[arguments.compression]
+    if arguments.measure:
+        cost = measure_costs(engine.target, engine.draft)
+    document = measure(engine, trace, arguments.policies.split(","), cost)
+    for name, row in document["policies"].items():
+        print(
+            f"{name:18} replayed {row['replayed_tokens_per_second']:.1f} tokens/s, live "
+            f"{row['live_tokens_per_second']:.1f}: {row['replayed_over_live']:.3f}"
+        )
+    if arguments.out:
+        write_json(arguments.out, document)
+
+
+if __name__ == "__main__":
+    main()
