@@ -219,19 +219,23 @@ class OnlineLogistic:
     rate : float
         Of stochastic gradient descent.
     cost : CostTable
+
+    Attributes
+    ----------
+    prior : Prior
     """
 
     _MEAN_WEIGHT = 0.05
 
     def __init__(self, prior: Prior, rate: float, cost: CostTable) -> None:
-        self._prior, self._rate = prior, rate
+        self.prior, self._rate = prior, rate
         self._ms, self._slope = np.array(cost.step_ms), np.array(cost.step_ms_per_context_token)
 
     def start(self, answers: Sequence[Answer]) -> None:
         """See `Controller`."""
         count = len(answers)
-        self._weight = np.tile([self._prior.weight, self._prior.bias], (count, 1))
-        self._mean = np.full(count, self._prior.mean)
+        self._weight = np.tile([self.prior.weight, self.prior.bias], (count, 1))
+        self._mean = np.full(count, self.prior.mean)
         self._x = np.zeros((count, GAMMA_MAX))
         self._survival = np.ones(count)  # of the last token drafted in the step
         self._expected = np.ones(count)  # tokens of the step, if it ended now

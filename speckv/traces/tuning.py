@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 
 from ..kernels import layout as at
@@ -106,7 +106,7 @@ class Tuned:
     ----------
     controller : Controller
     settings : mapping of str to float
-        What the search found; empty for a policy that has no settings.
+        What the search found, and what was fitted; empty for a policy that has no settings.
     search : mapping of str to tuple of float
         What it tried.
     """
@@ -151,7 +151,10 @@ def tune(name: str, train: Trace, compression: str, cost: CostTable) -> Tuned:
     if family is None:
         return Tuned(PackedController(parse_policy(name).pack(compression, cost)), {}, {})
     settings = _best(family, train, cost)
-    return Tuned(family.build(settings, train, cost), settings, family.search)
+    controller = family.build(settings, train, cost)
+    if isinstance(controller, OnlineLogistic):
+        settings = {**settings, **asdict(controller.prior)}
+    return Tuned(controller, settings, family.search)
 
 
 def _best(family: Family, train: Trace, cost: CostTable) -> Settings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from speckv.traces.baselines import (
     Threshold,
 )
 from speckv.traces.packed import PackedController
-from speckv.traces.replay import Controller, replay
+from speckv.traces.replay import Controller, Oracle, replay
 from speckv.traces.schema import Answer, Trace, join
 from tests.traces.synthetic import COST, INFO, made_up_rows, made_up_trace
 from tests.traces.test_replay import assert_causal, one_answer, trace_of_one_compression
@@ -50,6 +51,19 @@ def test_answers_do_not_meddle(name: str) -> None:
     for i in (1, 6):
         alone = trace.where(lambda a, i=i: a == trace.answers[i])
         assert replay(alone, CONTROLLERS[name](), COST).steps_of(0) == together.steps_of(i)
+
+
+def test_a_hundred_thousand_positions_take_seconds() -> None:
+    trace = made_up_trace(prompts=960, length=128, compressions=("fp32",), temperatures=(0.0,))
+    assert len(trace.rows) > 100_000
+    names = [*(f"fixed:{gamma}" for gamma in range(16)), "paper", "speckv"]
+    packed = [parse_policy(name).pack("fp32", COST) for name in names]
+    start = time.process_time()
+    controllers: list[Controller] = [PackedController(policy) for policy in packed]
+    controllers += [build() for build in CONTROLLERS.values()]
+    times = [replay(trace, c, COST).ms.sum() for c in (*controllers, Oracle(trace, COST))]
+    assert time.process_time() - start < 60, "of the processor, for 26 policies"
+    assert min(times) == times[-1]
 
 
 def test_a_controller_can_be_used_again() -> None:
