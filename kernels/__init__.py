@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attention import attention as attention
     from .cutoff import Cutoff as Cutoff
     from .cutoff import cutoff as cutoff
     from .draft_step import DraftStep as DraftStep
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from .linear import linear as linear
     from .rejection import VerifyRejection as VerifyRejection
     from .rejection import verify_rejection as verify_rejection
+    from .rms_norm import rms_norm as rms_norm
+    from .rope_append import rope_append as rope_append
     from .verify import Verify as Verify
     from .verify import verify as verify
 
@@ -32,9 +35,12 @@ PUBLIC = {
     "Linear": "linear",
     "Verify": "verify",
     "VerifyRejection": "rejection",
+    "attention": "attention",
     "cutoff": "cutoff",
     "draft_step": "draft_step",
     "linear": "linear",
+    "rms_norm": "rms_norm",
+    "rope_append": "rope_append",
     "verify": "verify",
     "verify_rejection": "rejection",
 }

@@ -1,6 +1,6 @@
-"""Device functions that `draft_step` and `verify` share: counter-based noise and the γ decision.
+"""Device functions that kernels share: rounding, counter-based noise and the γ decision.
 
-Their twins are `reference.gumbel` and `reference.decide`.
+The twins of the last two are `reference.gumbel` and `reference.decide`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,16 @@ import triton
 import triton.language as tl
 
 from . import layout as at
+
+
+@triton.jit
+def _round(y, dtype: tl.constexpr, EMULATED: tl.constexpr):
+    """``y`` in ``dtype``, to nearest even; the interpreter truncates to bf16 what it is given."""
+    if EMULATED and dtype == tl.bfloat16:
+        bits = y.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        y = (bits & -0x10000).to(tl.float32, bitcast=True)
+    return y.to(dtype)
 
 
 @triton.jit
@@ -53,9 +63,7 @@ def _gumbel_at(seed, request, index, purpose, b_token):
         zero + purpose.to(tl.uint32),
     )
     lane = b_token % 4
-    return _gumbel_of(
-        tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
-    )
+    return _gumbel_of(tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3)))
 
 
 @triton.jit

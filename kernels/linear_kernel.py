@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from . import linear_config as cut
+from .device import _round
 from .nf4_lookup import NF4_BF16, NF4_FP16
 
 _LOOKUP_BF16: tl.constexpr = tl.constexpr(NF4_BF16)
@@ -42,16 +43,6 @@ def _dot(x, w, acc, EMULATED: tl.constexpr):
     else:
         acc = tl.dot(x, tl.trans(w.to(x.dtype)), acc)
     return acc
-
-
-@triton.jit
-def _round(y, dtype: tl.constexpr, EMULATED: tl.constexpr):
-    """``y`` in ``dtype``, to nearest even; the interpreter truncates to bf16 what it is given."""
-    if EMULATED and dtype == tl.bfloat16:
-        bits = y.to(tl.int32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        y = (bits & -0x10000).to(tl.float32, bitcast=True)
-    return y.to(dtype)
 
 
 @triton.jit

@@ -20,7 +20,16 @@ from typing import Any
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 """What every kernel is compiled for in the tests."""
 
-MODULES = ("draft_step", "verify", "rejection", "cutoff", "linear")
+MODULES = (
+    "draft_step",
+    "verify",
+    "rejection",
+    "cutoff",
+    "linear",
+    "rms_norm",
+    "rope_append",
+    "attention",
+)
 """Modules of this package that export ``SPECS``."""
 
 FP_FUSION = True

@@ -1,6 +1,7 @@
-"""`linear` reads its weights 16 bytes a thread and multiplies on tensor cores, 16 rows at a time.
+"""`linear` and `attention` read weights and cache 16 bytes a thread, and multiply tiles of 16 rows.
 
-Weights of a regular shape come by asynchronous copies to shared memory (``LDGSTS``), as does ``x``.
+Weights of a regular shape and the cache come by asynchronous copies to shared memory (``LDGSTS``),
+as does ``x``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ Compile = Callable[[registry.KernelSpec, registry.Variant, str], registry.Compil
 pytestmark = pytest.mark.aot
 
 (SPEC,) = (spec for spec in registry.all_specs() if spec.name == "linear")
+(ATTENTION,) = (spec for spec in registry.all_specs() if spec.name == "attention")
 CASES = [
     pytest.param(variant, arch, id=f"{variant.name}-{arch}")
     for variant in SPEC.variants
@@ -68,6 +70,17 @@ def test_every_row_goes_through_the_same_products(
     found = products(compiled(SPEC, variant, arch).sass)
     kind = ".BF16" if variant.name.startswith("bf16") else ""
     assert set(found) == {f"HMMA.16816.F32{kind}"}
+
+
+@pytest.mark.parametrize("arch", registry.ARCHITECTURES)
+@pytest.mark.parametrize("variant", ATTENTION.variants, ids=lambda variant: variant.name)
+def test_the_cache_is_read_16_bytes_a_thread(
+    compiled: Compile, variant: registry.Variant, arch: str
+) -> None:
+    sass = compiled(ATTENTION, variant, arch).sass
+    assert set(copies(sass)) == {"128"}
+    kind = ".BF16" if variant.name.startswith("bf16") else ""
+    assert set(products(sass)) == {f"HMMA.16816.F32{kind}"}
 
 
 def test_nf4_codes_are_looked_up_in_registers(compiled: Compile) -> None:
