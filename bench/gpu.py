@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in parts of under nine minutes, results written row by row.
 
     python -m bench.gpu --out DIR                 # all parts
-    python -m bench.gpu --out DIR --part draft    # tests | draft | verify | e2e
+    python -m bench.gpu --out DIR --part draft    # tests | draft | verify | linear | e2e
     python -m bench.gpu --out DIR --merge FILE    # the parts as one JSON document
     python -m bench.gpu --out DIR --dry-run       # on the CPU, tiny shapes: does it run at all?
 
@@ -24,6 +24,7 @@ import torch
 from bench.environment import ROOT, write_json
 from bench.kernel_rows import draft_rows, verify_rows
 from bench.lab import COST, Lab, Row, quantiles
+from bench.linear_rows import linear_rows
 from bench.sides import DTYPES
 from speckv.policies import parse_policy
 
@@ -106,6 +107,7 @@ PARTS: dict[str, Callable[[Lab], Iterator[Row]]] = {
     "tests": tests_part,
     "draft": draft_rows,
     "verify": verify_rows,
+    "linear": linear_rows,
     "e2e": e2e_part,
 }
 
