@@ -171,6 +171,7 @@ def _sum_nf4(
     SWIGLU: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
     """`_sum_dense` of packed nf4; ``x_ptr`` is of int32, ``o_n`` and ``o_up`` index weight rows."""
@@ -183,7 +184,8 @@ def _sum_nf4(
     offset = 0.0
     if NESTED:
         offset = tl.load(offset_ptr)
-    for i_step in range(first, last):
+    # Stages of the loop itself make the scales be prefetched too, which no product reads.
+    for i_step in tl.range(first, last, num_stages=STAGES):
         for i_sub in tl.static_range(BLOCK_K // 64):
             i_block = i_step * (BLOCK_K // 64) + i_sub
             o_k = i_block * 32 + o_pair
@@ -261,6 +263,7 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
     i_row_tile = tl.program_id(0).to(tl.int64)
@@ -300,6 +303,7 @@ def _linear_kernel(
             SWIGLU,
             BLOCK_N,
             BLOCK_K,
+            STAGES,
             EMULATED,
         )
     else:
