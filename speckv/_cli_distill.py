@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,10 @@ _MOST_PROMPTS = 100_000
 
 @dataclass(frozen=True)
 class DistillOptions:
-    """What the command line says; see the command for each option."""
+    """What the command line says; see the command for each option.
+
+    ``arguments`` is the command line itself, for the card.
+    """
 
     target: str | None
     out: Path | None
@@ -35,6 +37,7 @@ class DistillOptions:
     compression: str | None
     device: str | None
     corpus_only: bool
+    arguments: tuple[str, ...]
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -118,7 +121,7 @@ def run_distill(options: DistillOptions, console: Console) -> SliceManifest | No
             compression=options.compression,
             device=options.device,
             corpus_only=options.corpus_only,
-            command=command_line(sys.argv[1:]),
+            command=command_line(options.arguments),
         )
 
 

@@ -194,6 +194,7 @@ def chat(
 
 @app.command()
 def distill(
+    context: typer.Context,
     target: opt.Target = None,
     out: Annotated[
         Path | None,
@@ -261,6 +262,7 @@ def distill(
             compression,
             device,
             corpus_only,
+            arguments=context.obj,
         ),
         console,
     )
@@ -339,7 +341,9 @@ def run(arguments: Sequence[str]) -> int:
         are raised instead of summarised.
     """
     try:
-        code = app(args=list(arguments), prog_name="speckv", standalone_mode=False)
+        code = app(
+            args=list(arguments), prog_name="speckv", standalone_mode=False, obj=tuple(arguments)
+        )
     except Exception as error:
         summary = _summary(error)
         if summary is None or os.environ.get("SPECKV_TRACEBACK"):
