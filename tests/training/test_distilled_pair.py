@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,10 @@ def test_other_drafts_of_the_same_target(folder: Path, monkeypatch: pytest.Monke
 
 
 def test_the_default_is_the_draft_that_comes_with_the_package(
-    folder: Path, draft: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, draft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slice_draft, "_SHIPPED", draft.parent)
+    shutil.copytree(draft, tmp_path / "some-draft")
+    monkeypatch.setattr(slice_draft, "_SHIPPED", tmp_path)
     found = engine(folder, None).draft
     assert isinstance(found, LlamaDecoder) and found.vocab_size == HEAD
     params = SAMPLING["greedy"]
