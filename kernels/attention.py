@@ -15,12 +15,12 @@ from torch import Tensor
 
 from . import functional
 from .attention_kernel import TILE_ROWS, _attention_kernel
-from .checks import check_tensor
+from .checks import check_scratch, check_tensor, dtype_name
+from .device import EMULATED
 from .registry import FP_FUSION, KernelSpec, Variant
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (16, 32, 64, 128, 256)
-_EMULATED = not hasattr(_attention_kernel, "cache_key")  # in Triton's interpreter
 
 
 @dataclass(frozen=True)
@@ -54,23 +54,23 @@ class Scratch:
     counters: Tensor
 
     @staticmethod
-    def sizes(queries: torch.Size, kv_heads: int, capacity: int) -> tuple[int, int, int]:
-        """Elements of ``tops``, ``values`` and ``counters`` for what `allocate` takes."""
+    def sizes(queries: torch.Size, kv_heads: int, capacity: int) -> dict[str, int]:
+        """Elements of each tensor for what `allocate` takes."""
         batch, width, heads, head_dim = queries
         tiles = batch * kv_heads * triton.cdiv(width * heads // kv_heads, TILE_ROWS.value)
         rows = tiles * triton.cdiv(capacity, _select_config(head_dim).chunk) * TILE_ROWS.value
-        return 2 * rows, rows * head_dim, tiles
+        return {"tops": 2 * rows, "values": rows * head_dim, "counters": tiles}
 
     @classmethod
     def allocate(
         cls, queries: torch.Size, kv_heads: int, capacity: int, device: torch.device | str
     ) -> Scratch:
         """Scratch for queries of up to this shape, over caches of up to ``capacity`` rows."""
-        tops, values, counters = cls.sizes(queries, kv_heads, capacity)
+        sizes = cls.sizes(queries, kv_heads, capacity)
         return cls(
-            tops=torch.empty(tops, dtype=torch.float32, device=device),
-            values=torch.empty(values, dtype=torch.float32, device=device),
-            counters=torch.zeros(counters, dtype=torch.int32, device=device),
+            tops=torch.empty(sizes["tops"], dtype=torch.float32, device=device),
+            values=torch.empty(sizes["values"], dtype=torch.float32, device=device),
+            counters=torch.zeros(sizes["counters"], dtype=torch.int32, device=device),
         )
 
 
@@ -123,7 +123,7 @@ def attention_out(
         WINDOW=window or 0,
         CHUNK=config.chunk,
         BLOCK=config.block,
-        EMULATED=_EMULATED,
+        EMULATED=EMULATED,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         enable_fp_fusion=FP_FUSION,
@@ -177,7 +177,7 @@ def attention(
     if not isinstance(queries, Tensor) or queries.dtype not in DTYPES:
         found = queries.dtype if isinstance(queries, Tensor) else type(queries).__name__
         raise TypeError(f"queries: expected fp16 or bf16, got {found}")
-    dtype, device = str(queries.dtype).removeprefix("torch."), queries.device
+    dtype, device = dtype_name(queries.dtype), queries.device
     check_tensor("queries", queries, dtype, (None, None, None, None), dense=True)
     batch, width, heads, head_dim = queries.shape
     if head_dim not in HEAD_DIMS:
@@ -205,11 +205,8 @@ def attention(
     capacity = cache.shape[1]
     if scratch is None:
         scratch = Scratch.allocate(queries.shape, kv_heads, capacity, device)
-    sizes = Scratch.sizes(queries.shape, kv_heads, capacity)
-    for name, size in zip(("tops", "values", "counters"), sizes, strict=True):
-        given = getattr(scratch, name).shape[0]
-        if given < size:
-            raise ValueError(f"scratch: expected {name} of at least {size} elements, got {given}")
+    else:
+        check_scratch(scratch, Scratch.sizes(queries.shape, kv_heads, capacity))
     attention_out(queries, cache, positions, slots, out=out, scratch=scratch, window=window)
     return out
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,11 @@ _DTYPES = {
     "int32": (torch.int32,),
     "int64": (torch.int64,),
 }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Torch's name of a type, such as ``"int32"``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def check_tensor(
@@ -51,7 +58,7 @@ def check_tensor(
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor of {dtype}, got {type(tensor).__name__}")
     wanted = f"{dtype} [{', '.join('any' if n is None else str(n) for n in shape)}]"
-    got = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    got = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
     if tensor.dtype not in _DTYPES[dtype]:
         raise TypeError(f"{name}: expected {wanted}, got {got}")
     fits = len(shape) == tensor.ndim and all(
@@ -67,3 +74,17 @@ def check_tensor(
         raise ValueError(
             f"{name}: expected unit stride in the last dimension, got {tensor.stride(-1)}"
         )
+
+
+def check_scratch(scratch: object, sizes: Mapping[str, int]) -> None:
+    """Refuse scratch whose tensors have fewer elements than ``sizes`` says, by name.
+
+    Raises
+    ------
+    ValueError
+        Naming the first.
+    """
+    for name, size in sizes.items():
+        given = getattr(scratch, name).shape[0]
+        if given < size:
+            raise ValueError(f"scratch: expected {name} of at least {size} elements, got {given}")

@@ -21,6 +21,10 @@ def _round(y, dtype: tl.constexpr, EMULATED: tl.constexpr):
     return y.to(dtype)
 
 
+EMULATED = not hasattr(_round, "cache_key")
+"""Whether kernels run in Triton's interpreter."""
+
+
 @triton.jit
 def _uniform(words):
     """uint32 words as fp32 uniforms in (0, 1)."""

@@ -45,6 +45,8 @@ LAST_CONFIDENCE = 5
 LAST_MARGIN = 6
 ACCEPTANCE = 7  # exponential moving average of accepted / γ over the steps with γ > 0
 RUNNING_WORDS = 8
+RUNNING_START = (0.0,) * LAST_ENTROPY + (-1.0, 0.0, 0.0, 0.5)
+"""A row of `StepState.running` where nothing was drafted yet."""
 
 # Words of `StepState.signals` (float32 [B, GAMMA_MAX, SIGNALS]), from the raw temperature-1 logits.
 ENTROPY, CONFIDENCE, MARGIN, TOKEN_PROBABILITY = range(4)
@@ -107,9 +109,7 @@ class StepState:
     signals: Tensor
 
     @classmethod
-    def allocate(
-        cls, batch: int, capacity: int, device: torch.device | str = "cpu"
-    ) -> StepState:
+    def allocate(cls, batch: int, capacity: int, device: torch.device | str = "cpu") -> StepState:
         """State for ``batch`` sequences of at most ``capacity`` tokens; call `reset` before use."""
         return cls(
             rows=torch.zeros(batch, ROW_WORDS, dtype=torch.int32, device=device),
@@ -134,5 +134,5 @@ class StepState:
         words[LENGTH], words[LIMIT], words[STOP] = len(prompt), limit, 1
         words[REQUEST] = request
         self.rows[row] = torch.tensor(words, dtype=torch.int32)
-        self.running[row] = torch.tensor([0.0] * LAST_ENTROPY + [-1.0, 0.0, 0.0, 0.5])
+        self.running[row] = torch.tensor(RUNNING_START)
         self.sequence[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int32)

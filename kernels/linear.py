@@ -12,7 +12,8 @@ import triton
 from torch import Tensor
 
 from . import reference_linear
-from .checks import check_tensor
+from .checks import check_scratch, check_tensor, dtype_name
+from .device import EMULATED
 from .linear_config import TILE_ROWS, Config, Scratch, _select_config
 from .linear_kernel import _linear_kernel
 from .nf4_lookup import NF4_TABLE
@@ -22,7 +23,6 @@ from .registry import FP_FUSION, KernelSpec, Variant
 DTYPES = (torch.float16, torch.bfloat16)
 ROWS_MAX = 136
 """A verification of 8 sequences at 17 rows each, the most the scratch of a `Linear` is made for."""
-_EMULATED = not hasattr(_linear_kernel, "cache_key")  # in Triton's interpreter
 
 
 def linear_out(
@@ -96,7 +96,7 @@ def linear_out(
         BLOCK_K=config.block_k,
         EVEN=depth % config.block_k == 0,
         STAGES=config.num_stages,
-        EMULATED=_EMULATED,
+        EMULATED=EMULATED,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.maxnreg,
@@ -146,7 +146,7 @@ class Linear:
         if swiglu and rows % 2:
             raise ValueError(f"weight: expected an even number of rows for SwiGLU, got {rows}")
         if bias is not None:
-            check_tensor("bias", bias, _name(dtype), (rows,), device)
+            check_tensor("bias", bias, dtype_name(dtype), (rows,), device)
         self.columns = rows // 2 if swiglu else rows
         self._weight, self._bias, self._swiglu = weight, bias, swiglu
         self.dtype, self.device = dtype, device
@@ -157,15 +157,11 @@ class Linear:
                 self.columns, self.depth, capability, _kind(weight), swiglu
             )
             self._table = _custom_table(weight, dtype)
-            own = Scratch.allocate(rows_max, self.columns, self._config, device, swiglu=swiglu)
+            form = (rows_max, self.columns, self._config)
             if scratch is None:
-                scratch = own
-            for name in ("partials", "counters"):
-                given, needed = getattr(scratch, name).shape[0], getattr(own, name).shape[0]
-                if given < needed:
-                    raise ValueError(
-                        f"scratch: expected {name} of at least {needed} elements, got {given}"
-                    )
+                scratch = Scratch.allocate(*form, device, swiglu=swiglu)
+            else:
+                check_scratch(scratch, Scratch.sizes(*form, swiglu=swiglu))
             self.scratch = scratch
 
     def __call__(self, x: Tensor, residual: Tensor | None = None, *, out: Tensor) -> None:
@@ -246,7 +242,7 @@ def linear(
         raise TypeError(f"x: expected fp16 or bf16 [M, K], got {_describe(x)}")
     if x.dim() != 2:
         raise ValueError(f"x: expected [M, K], got {_describe(x)}")
-    dtype = _name(x.dtype)
+    dtype = dtype_name(x.dtype)
     product = Linear(weight, dtype=x.dtype, bias=bias, swiglu=swiglu, rows_max=x.shape[0])
     check_tensor("x", x, dtype, (x.shape[0], product.depth), product.device)
     shape = (x.shape[0], product.columns)
@@ -264,10 +260,6 @@ def linear(
     return out
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _kind(weight: Weight) -> str:
     if isinstance(weight, Int8Weight):
         return "int8"
@@ -279,7 +271,7 @@ def _custom_table(weight: Weight, dtype: torch.dtype) -> Tensor | None:
     if not isinstance(weight, Nf4Weight):
         return None
     standard = torch.tensor(NF4_TABLE, dtype=torch.float32)
-    if not _EMULATED and torch.equal(weight.table.cpu(), standard):
+    if not EMULATED and torch.equal(weight.table.cpu(), standard):
         return None
     return weight.table.to(dtype)
 
@@ -289,7 +281,7 @@ def _check_weight(weight: Weight, dtype: torch.dtype) -> torch.device:
     if dtype not in DTYPES:
         raise TypeError(f"dtype: expected torch.float16 or torch.bfloat16, got {dtype}")
     if isinstance(weight, Tensor):
-        check_tensor("weight", weight, _name(dtype), (None, None), dense=True)
+        check_tensor("weight", weight, dtype_name(dtype), (None, None), dense=True)
         device = weight.device
     elif isinstance(weight, Int8Weight):
         device = weight.codes.device

@@ -100,6 +100,15 @@ class Scratch:
     partials: Tensor
     counters: Tensor
 
+    @staticmethod
+    def sizes(rows: int, columns: int, config: Config, *, swiglu: bool = False) -> dict[str, int]:
+        """Elements of each tensor for what `allocate` takes."""
+        tiles = _cdiv(rows, TILE_ROWS) * _cdiv(columns, config.block_n)
+        size = config.splits * (2 if swiglu else 1) * TILE_ROWS * config.block_n
+        if config.splits == 1:
+            tiles = 0
+        return {"partials": tiles * size, "counters": tiles}
+
     @classmethod
     def allocate(
         cls,
@@ -111,13 +120,10 @@ class Scratch:
         swiglu: bool = False,
     ) -> Scratch:
         """Scratch for products of up to ``rows`` rows, cut by ``config``."""
-        tiles = _cdiv(rows, TILE_ROWS) * _cdiv(columns, config.block_n)
-        size = config.splits * (2 if swiglu else 1) * TILE_ROWS * config.block_n
-        if config.splits == 1:
-            tiles = 0
+        sizes = cls.sizes(rows, columns, config, swiglu=swiglu)
         return cls(
-            partials=torch.empty(tiles * size, dtype=torch.float32, device=device),
-            counters=torch.zeros(tiles, dtype=torch.int32, device=device),
+            partials=torch.empty(sizes["partials"], dtype=torch.float32, device=device),
+            counters=torch.zeros(sizes["counters"], dtype=torch.int32, device=device),
         )
 
 

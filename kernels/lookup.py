@@ -54,6 +54,7 @@ def lookup_step(
     check_tensor("tokens", tokens, "int32", (batch, None), device)
     check_tensor("signals", signals, "float32", (*tokens.shape, at.SIGNALS), device)
     check_tensor("policy", policy, "float32", (at.POLICY_WORDS,), device)
+    policy = policy.cpu()  # read for every token
     for b, count in enumerate(counts.tolist()):
         rows = state.rows[b].tolist()
         if not count or rows[at.DONE] or rows[at.STOP]:

@@ -186,9 +186,7 @@ def draft_step(
         signals = state.signals[b, drafted].tolist()
         running = fold_signals(running, signals, drafted)
         state.running[b] = torch.tensor(running)
-        state.sequence[b, rows[at.LENGTH] + drafted] = (
-            token if id_map is None else id_map[token]
-        )
+        state.sequence[b, rows[at.LENGTH] + drafted] = token if id_map is None else id_map[token]
         rows[at.DRAFTED] = drafted + 1
         state.rows[b, at.DRAFTED] = drafted + 1
         state.rows[b, at.STOP] = int(decide(policy, rows, running))

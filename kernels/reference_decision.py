@@ -36,6 +36,7 @@ def decide(policy: Tensor, rows: list[int], running: list[float]) -> bool:
     Parameters
     ----------
     policy : float32 [POLICY_WORDS]
+        Of any device; the host waits for one elsewhere.
     rows, running : lists
         One row of `StepState.rows` and of `StepState.running`.
     """
@@ -59,7 +60,7 @@ def decide(policy: Tensor, rows: list[int], running: list[float]) -> bool:
 
 def best_gamma(policy: Tensor, rows: list[int], running: list[float]) -> int:
     """The candidate γ of the highest value (lowest γ among equals); see `decide`."""
-    words: NDArray[np.float32] = policy.numpy()
+    words: NDArray[np.float32] = policy.cpu().numpy()
     header = words[: at.HEADER_WORDS].tolist()
     features = np.zeros(at.FEATURES, dtype=np.float32)
     features[: at.FEATURE_DRAFTED] = running[: at.FEATURE_DRAFTED]

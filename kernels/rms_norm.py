@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import functional
-from .checks import check_tensor
-from .device import _round
+from .checks import check_tensor, dtype_name
+from .device import EMULATED, _round
 from .registry import FP_FUSION, KernelSpec, Variant
 
 COLUMNS_MAX = 32_768
@@ -69,9 +69,6 @@ def _rms_norm_kernel(
     tl.store(out_ptr + i_row * stride_out + o, _round(y, dtype, EMULATED), mask=mask)
 
 
-_EMULATED = not hasattr(_rms_norm_kernel, "cache_key")  # in Triton's interpreter
-
-
 @dataclass(frozen=True)
 class Config:
     """``block``: the power of two at or above the columns, which a program of a row holds."""
@@ -117,7 +114,7 @@ def rms_norm_out(
         HAS_RESIDUAL=residual is not None,
         EVEN=columns == config.block,
         BLOCK=config.block,
-        EMULATED=_EMULATED,
+        EMULATED=EMULATED,
         num_warps=config.num_warps,
         enable_fp_fusion=FP_FUSION,
     )
@@ -162,7 +159,7 @@ def rms_norm(
     rows, columns = x.shape
     if not 1 <= columns <= COLUMNS_MAX:
         raise ValueError(f"x: expected 1 to {COLUMNS_MAX} columns, got {columns}")
-    dtype = str(x.dtype).removeprefix("torch.")
+    dtype = dtype_name(x.dtype)
     check_tensor("weight", weight, dtype, (columns,), x.device, dense=True)
     if residual is not None:
         check_tensor("residual", residual, dtype, (rows, columns), x.device)

@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import functional
-from .checks import check_tensor
-from .device import _round
+from .checks import check_tensor, dtype_name
+from .device import EMULATED, _round
 from .registry import FP_FUSION, KernelSpec, Variant
 
 HEAD_DIM_MAX = 512
@@ -99,9 +99,6 @@ def _rope_append_kernel(
     tl.store(cache_ptr + HALF, high, mask=m_kv)
 
 
-_EMULATED = not hasattr(_rope_append_kernel, "cache_key")  # in Triton's interpreter
-
-
 @dataclass(frozen=True)
 class Config:
     """``block_h`` heads of a row are one program's; ``block_d`` covers half a head."""
@@ -163,7 +160,7 @@ def rope_append_out(
         HAS_NORM=head_norm is not None,
         BLOCK_H=config.block_h,
         BLOCK_D=config.block_d,
-        EMULATED=_EMULATED,
+        EMULATED=EMULATED,
         num_warps=config.num_warps,
         enable_fp_fusion=FP_FUSION,
     )
@@ -217,7 +214,7 @@ def rope_append(
     """
     check_tensor("qkv", qkv, "floating", (None, None, None))
     rows, total, head_dim = qkv.shape
-    dtype, device = str(qkv.dtype).removeprefix("torch."), qkv.device
+    dtype, device = dtype_name(qkv.dtype), qkv.device
     if head_dim % 2 or not 2 <= head_dim <= HEAD_DIM_MAX:
         raise ValueError(f"qkv: expected an even head_dim up to {HEAD_DIM_MAX}, got {head_dim}")
     if qkv.stride(1) != head_dim:

@@ -6,11 +6,13 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ._cli_options import read_prompt_file
+from ._cli_output import Progressing
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
 
     from .models.slice_draft import SliceManifest
     from .prompts import Prompt
@@ -65,17 +67,14 @@ def read_prompts(text: str, seed: int) -> list[Prompt]:
     ValueError
         It is neither a number in range nor a readable file of prompts.
     """
-    from .training.prompts import load_prompts, training_prompts
+    from .training.prompts import training_prompts
 
     if text.isdecimal():
         count = int(text)
         if not 1 <= count <= _MOST_PROMPTS:
             raise ValueError(f"--prompts: expected 1 to {_MOST_PROMPTS}, got {count}")
         return training_prompts(count, seed=seed)
-    path = Path(text).expanduser()
-    if not path.is_file():
-        raise ValueError(f"--prompts: expected a number or a file, got {text!r}")
-    return load_prompts(path)
+    return read_prompt_file(text)
 
 
 def command_line(arguments: Sequence[str]) -> str:
@@ -123,45 +122,3 @@ def run_distill(options: DistillOptions, console: Console) -> SliceManifest | No
             corpus_only=options.corpus_only,
             command=command_line(options.arguments),
         )
-
-
-class Progressing:
-    """A `Reporter` that shows one bar a stage on a terminal, and lines above it."""
-
-    def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._console = console
-        self._bar: Progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            transient=True,
-        )
-        self._task: Any = None
-
-    def __enter__(self) -> Progressing:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar.live.is_started:
-            self._bar.stop()
-
-    def stage(self, name: str, total: int) -> None:
-        """Replace the bar."""
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(name, total=total, note="")
-        if self._console.is_terminal:
-            self._bar.start()
-
-    def advance(self, units: int, note: str) -> None:
-        """Move the bar."""
-        self._bar.update(self._task, advance=units, note=note)
-
-    def line(self, text: str) -> None:
-        """Print a line that stays."""
-        self._console.print(text, markup=False)

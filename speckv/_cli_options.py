@@ -7,9 +7,13 @@ time; ``SamplingParams`` checks the sampling options.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from .prompts import Prompt
 
 COMPRESSIONS = ("fp32", "fp16", "bf16", "int8", "nf4")
 DTYPES = ("fp32", "fp16", "bf16")
@@ -138,6 +142,22 @@ def resolve_policy(policy: str | None, gamma: int | None) -> str:
     if not 0 <= gamma <= GAMMA_MAX:
         raise ValueError(f"--gamma: expected an integer in 0..{GAMMA_MAX}, got {gamma}")
     return f"fixed:{gamma}"
+
+
+def read_prompt_file(text: str) -> list[Prompt]:
+    """The prompts of the file that ``--prompts`` names.
+
+    Raises
+    ------
+    ValueError
+        It names none, or not one of prompts.
+    """
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise ValueError(f"--prompts: expected a number or a file, got {text!r}")
+    from .training.prompts import load_prompts
+
+    return load_prompts(path)
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from rich.console import Console
+    from rich.progress import Progress
 
 _BAR_WIDTH = 30
 
@@ -95,6 +96,48 @@ def progress_bar(
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(label, total=total)
         yield lambda steps: progress.advance(task, steps)
+
+
+class Progressing:
+    """A `Reporter` that shows one bar a stage on a terminal, and lines above it."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = console
+        self._bar: Progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            transient=True,
+        )
+        self._task: Any = None
+
+    def __enter__(self) -> Progressing:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar.live.is_started:
+            self._bar.stop()
+
+    def stage(self, name: str, total: int) -> None:
+        """Replace the bar."""
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(name, total=total, note="")
+        if self._console.is_terminal:
+            self._bar.start()
+
+    def advance(self, units: int, note: str) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, advance=units, note=note)
+
+    def line(self, text: str) -> None:
+        """Print a line that stays."""
+        self._console.print(text, markup=False)
 
 
 @contextmanager

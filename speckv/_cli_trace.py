@@ -51,12 +51,11 @@ def profile(
     Any policy can be replayed on the trace exactly; see speckv replay. The costs of a step on this
     machine are measured and kept with it. Interrupted, the same command goes on where it stopped.
     """
-    from ._cli_output import stderr_console, stdout_to_stderr
+    from ._cli_output import Progressing, stderr_console, stdout_to_stderr
 
     chosen = _read_prompts(prompts)
     console = stderr_console()
     with stdout_to_stderr():
-        from ._cli_distill import Progressing
         from .traces.profile import ProfileRecipe
         from .traces.profile import profile as record_profile
         from .traces.schema import read_trace
@@ -154,11 +153,7 @@ def replay(
 
 def _read_prompts(text: str | None) -> list[Prompt]:
     from .prompts import evaluation_prompts
-    from .training.prompts import load_prompts
 
     if text is None or text.isdecimal():
         return evaluation_prompts(None if text is None else int(text))
-    path = Path(text).expanduser()
-    if not path.is_file():
-        raise ValueError(f"--prompts: expected a number or a file, got {text!r}")
-    return load_prompts(path)
+    return opt.read_prompt_file(text)

@@ -17,6 +17,7 @@ from .decoding.lookup import Lookup, parse_draft
 from .decoding.requests import RequestBatch
 from .decoding.stats import Stats
 from .errors import NumericsError, SpeckvError
+from .kernels.checks import dtype_name
 from .kernels.layout import DONE_LENGTH, DONE_STOP
 from .models.base import CausalModel
 from .models.loading import load_model
@@ -153,7 +154,7 @@ class Engine:
         """One line: models, weight format, device and policy."""
         target = self.target
         draft = "+".join(d.name for d in (self.lookup, self.draft) if d is not None) or "none"
-        dtype = str(target.dtype).removeprefix("torch.")
+        dtype = dtype_name(target.dtype)
         return (
             f"target {target.name} ({target.compression}, {dtype}), draft {draft}, "
             f"policy {self.policy.name}, eager loop on {target.device}"

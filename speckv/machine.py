@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def cpu_fields() -> dict[str, str]:
@@ -19,3 +23,12 @@ def cpu_fields() -> dict[str, str]:
 def cpu_name() -> str:
     """Model name of the processor."""
     return cpu_fields().get("model name") or platform.processor() or platform.machine()
+
+
+def device_name(device: torch.device) -> str:
+    """Name of the GPU, or that of the processor for any other device."""
+    if device.type != "cuda":
+        return cpu_name()
+    import torch
+
+    return torch.cuda.get_device_name(device)

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from speckv import cli
-from speckv._cli_distill import Progressing, command_line
+from speckv._cli_distill import command_line
+from speckv._cli_output import Progressing
 from speckv.training import distill as module
 
 

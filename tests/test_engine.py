@@ -34,9 +34,7 @@ class Letters:
         return [LETTERS.index(letter) for letter in text]
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = False) -> str:
-        return "".join(
-            LETTERS[i] for i in token_ids if not (skip_special_tokens and i == EOS)
-        )
+        return "".join(LETTERS[i] for i in token_ids if not (skip_special_tokens and i == EOS))
 
 
 def table(seed: int) -> Tensor:
@@ -87,8 +85,9 @@ def test_a_result_tells_what_happened(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("policy", ["fixed:2", "fixed:15", "entropy:1.5", "confidence:0.4",
-                                    "paper", "speckv"])
+@pytest.mark.parametrize(
+    "policy", ["fixed:2", "fixed:15", "entropy:1.5", "confidence:0.4", "paper", "speckv"]
+)
 def test_every_policy_gives_the_tokens_of_plain_decoding(
     engine: Engine, policy: str, params: SamplingParams
 ) -> None:
@@ -192,8 +191,9 @@ def test_a_seed_is_drawn_and_told(engine: Engine) -> None:
 
 
 def test_rejection_sampling_runs_and_keeps_to_the_limit(engine: Engine) -> None:
-    params = SamplingParams(max_new_tokens=40, temperature=1.0, top_k=9, seed=3,
-                            coupling="rejection", ignore_eos=True)
+    params = SamplingParams(
+        max_new_tokens=40, temperature=1.0, top_k=9, seed=3, coupling="rejection", ignore_eos=True
+    )
     result = engine.generate(["hello", "abc"], params)
     assert [len(r.token_ids) for r in result] == [40, 40]
     assert all(0 < r.stats.acceptance_rate < 1 for r in result)
@@ -249,8 +249,7 @@ def test_plain_decoding_needs_no_draft(pair: tuple[TabularModel, TabularModel]) 
     alone = Engine(pair[0], Letters(), policy="fixed:0")
     with_draft = Engine(pair[0], Letters(), pair[1], policy="fixed:4")
     assert (
-        alone.generate("hello", GREEDY).token_ids
-        == with_draft.generate("hello", GREEDY).token_ids
+        alone.generate("hello", GREEDY).token_ids == with_draft.generate("hello", GREEDY).token_ids
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from ..files import write_atomically
 from ..kernels import layout as at
 from ..kernels.layout import GAMMA_MAX, WIDTH_MAX, StepState
-from ..machine import cpu_name
+from ..machine import device_name
 from ..models.base import CausalModel
 from ..models.cache import KVCache
 from ..models.hub import cache_root
@@ -169,12 +169,10 @@ def _interpolate(widths: tuple[int, ...], values: list[float]) -> list[float]:
 def _key(target: CausalModel, draft: CausalModel | None) -> str:
     """Costs change with any of these."""
     models = [target] if draft is None else [target, draft]
-    device = target.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     facts = [
         _VERSION,
         torch.__version__,
-        name,
+        device_name(target.device),
         torch.get_num_threads(),
         torch.backends.cpu.get_cpu_capability(),
         *([m.name, m.compression, str(m.dtype), m.vocab_size] for m in models),

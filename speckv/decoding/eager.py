@@ -223,9 +223,7 @@ class EagerLoop:
             self.seconds.draft += drafted - start
             self.seconds.decision += self._now() - drafted
 
-    def _look_up(
-        self, run: _Run, lookups: Lookups, rows: list[list[int]]
-    ) -> list[list[int]]:
+    def _look_up(self, run: _Run, lookups: Lookups, rows: list[list[int]]) -> list[list[int]]:
         """Draft the whole step of the rows whose text repeats itself; the rows after it."""
         start = self._now()
         found = lookups.find(drafting(rows))
@@ -278,9 +276,7 @@ class EagerLoop:
         ids = self._draft_input_ids
         return tokens if ids is None else ids[tokens.long()]
 
-    def _choose(
-        self, run: _Run, rows: list[list[int]], slots: list[int], logits: Tensor
-    ) -> None:
+    def _choose(self, run: _Run, rows: list[list[int]], slots: list[int], logits: Tensor) -> None:
         """`draft_step` of the rows ``slots``; logits [B, V_draft]."""
         requests = run.requests
         cutoffs = None
@@ -437,9 +433,7 @@ def committed(state: StepState, slots: list[int]) -> list[StepRecord]:
     for b in slots:
         row = rows[b]
         new = state.sequence[b, row[at.LENGTH] - row[at.COMMITTED] : row[at.LENGTH]]
-        records.append(
-            StepRecord(b, row[at.GAMMA], row[at.ACCEPTED], new.tolist(), row[at.DONE])
-        )
+        records.append(StepRecord(b, row[at.GAMMA], row[at.ACCEPTED], new.tolist(), row[at.DONE]))
     return records
 
 
@@ -482,7 +476,5 @@ def draft_vocabulary(
 def invert(id_map: Tensor, vocab_size: int) -> Tensor:
     """Draft id of each target id, -1 where there is none: int32 [vocab_size]."""
     inverse = torch.full((vocab_size,), -1, dtype=torch.int32, device=id_map.device)
-    inverse[id_map.long()] = torch.arange(
-        id_map.numel(), dtype=torch.int32, device=id_map.device
-    )
+    inverse[id_map.long()] = torch.arange(id_map.numel(), dtype=torch.int32, device=id_map.device)
     return inverse

@@ -64,12 +64,8 @@ class RequestBatch:
         """
         couplings = {p.coupling for p in params if p.temperature > 0} or {"gumbel"}
         if len(couplings) != 1:
-            raise ValueError(
-                f"coupling: expected one for the whole batch, got {sorted(couplings)}"
-            )
-        stops = [
-            [*(() if p.ignore_eos else eos_ids), *p.stop_token_ids] or [-1] for p in params
-        ]
+            raise ValueError(f"coupling: expected one for the whole batch, got {sorted(couplings)}")
+        stops = [[*(() if p.ignore_eos else eos_ids), *p.stop_token_ids] or [-1] for p in params]
         width = max(len(ids) for ids in stops)
         sampled = any(p.temperature > 0 for p in params)
 

@@ -13,6 +13,7 @@ from speckv.kernels.cpu import ProvenRows, common_counts, round_up_rows
 from speckv.kernels.cpu_attention import AttentionPiece, CpuAttention, round_up_context
 from speckv.models.cache import KVCache, host_positions, host_slots
 from speckv.models.config import DecoderConfig
+from speckv.models.quantize import FLOAT_NAMES
 from speckv.models.weights import DecoderWeights, TensorSource, build_weights
 
 __all__ = ["LlamaDecoder"]
@@ -141,8 +142,7 @@ class LlamaDecoder:
             vocab_size=vocab_size,
             tied=False,
         )
-        formats = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-        compression = formats[self.dtype]
+        compression = FLOAT_NAMES[self.dtype]
         weights = build_weights(
             config,
             source,

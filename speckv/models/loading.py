@@ -19,7 +19,7 @@ from speckv.models.config import LLAMA_FAMILY, DecoderConfig
 from speckv.models.gguf import load_gguf
 from speckv.models.llama import LlamaDecoder
 from speckv.models.progress import SlowProgress, without_transformers_bars
-from speckv.models.quantize import resolve_formats
+from speckv.models.quantize import FLOAT_NAMES, resolve_formats
 from speckv.models.weights import TensorSource
 
 if TYPE_CHECKING:
@@ -173,14 +173,13 @@ def _formats(
     compression: str | None, dtype: torch.dtype | str | None, device: torch.device
 ) -> tuple[str, torch.dtype]:
     if compression is None:
-        names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
         default = "fp32" if device.type == "cpu" else "bf16"
         compression = (
             default
             if dtype is None
             else dtype
             if isinstance(dtype, str)
-            else names.get(dtype, default)
+            else FLOAT_NAMES.get(dtype, default)
         )
     return resolve_formats(compression, dtype, device)
 

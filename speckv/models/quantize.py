@@ -25,9 +25,11 @@ from speckv.errors import ModelError
 from speckv.kernels.packed import NF4_BLOCK, Int8Weight, Nf4Weight, Weight
 from speckv.models.base import COMPRESSIONS
 
-__all__ = ["Int8Weight", "Nf4Weight", "compress", "fuse", "resolve_formats"]
+__all__ = ["FLOAT_NAMES", "Int8Weight", "Nf4Weight", "compress", "fuse", "resolve_formats"]
 
 _FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FLOAT_NAMES = {dtype: name for name, dtype in _FLOATS.items()}
+"""The weight format of each type that weights may have as they are."""
 
 
 def resolve_formats(

@@ -11,7 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["apply_chat_template", "check_compatible"]
+__all__ = ["apply_chat_template", "check_compatible", "encode_prompts"]
 
 _ROLES = ("bos", "eos", "unk")
 
@@ -139,3 +139,26 @@ def apply_chat_template(
     except Exception as error:  # a template is a program of the checkpoint: it raises what it likes
         raise ValueError(f"messages: the chat template refuses them: {error}") from error
     return [int(i) for i in ids]
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_positions: int
+) -> list[list[int]]:
+    """Token ids of users' messages: through the chat template if there is one, else as they are.
+
+    Raises
+    ------
+    ValueError
+        A text fills the context of ``max_positions`` tokens.
+    """
+    if getattr(tokenizer, "chat_template", None):
+        messages = [[{"role": "user", "content": text}] for text in texts]
+        encoded = [apply_chat_template(tokenizer, message) for message in messages]
+    else:
+        encoded = [tokenizer.encode(text) for text in texts]
+    longest = max(map(len, encoded), default=0)
+    if longest >= max_positions:
+        raise ValueError(
+            f"prompts: expected at most {max_positions - 1} tokens each, got {longest}"
+        )
+    return encoded

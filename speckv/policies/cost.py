@@ -43,9 +43,7 @@ class CostTable:
         verify_ms_per_context_token: float = 0.0,
     ) -> CostTable:
         """From the cost of a draft token, of catching up, and of a verification by width 1..16."""
-        step = [
-            draft_ms * g + catch_up_ms * min(g, 1) + verify_ms[g] for g in range(WIDTH_MAX)
-        ]
+        step = [draft_ms * g + catch_up_ms * min(g, 1) + verify_ms[g] for g in range(WIDTH_MAX)]
         slope = [
             draft_ms_per_context_token * g + verify_ms_per_context_token for g in range(WIDTH_MAX)
         ]

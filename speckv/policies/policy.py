@@ -171,9 +171,7 @@ def _of_mlp(name: str, mlp: Mlp, rate: bool = False) -> Policy:
     )
 
 
-def _number(
-    name: str, text: str, kind: type[int] | type[float], low: float, high: float
-) -> float:
+def _number(name: str, text: str, kind: type[int] | type[float], low: float, high: float) -> float:
     try:
         value = kind(text)
     except ValueError:

@@ -41,8 +41,8 @@ class PackedController:
 
     def start(self, answers: Sequence[Answer]) -> None:
         """See `Controller`."""
-        first = [0.0] * at.LAST_ENTROPY + [-1.0, 0.0, 0.0, 0.5]
-        self._running = np.tile(np.array(first, dtype=np.float32), (len(answers), 1))
+        first = np.array(at.RUNNING_START, dtype=np.float32)
+        self._running = np.tile(first, (len(answers), 1))
         # A step's outcome is decided on before it is rounded to what is kept.
         self._acceptance = self._running[:, at.ACCEPTANCE].astype(np.float64)
         self._plain_run = np.full(len(answers), _FIRST_PLAIN_RUN, dtype=np.int64)

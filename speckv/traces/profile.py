@@ -23,11 +23,12 @@ from .._version import __version__
 from ..decoding.calibrate import calibrated
 from ..decoding.lookup import parse_draft
 from ..errors import TraceError
-from ..machine import cpu_name
+from ..kernels.checks import dtype_name
+from ..machine import device_name
 from ..models.base import COMPRESSIONS, CausalModel
 from ..models.loading import load_model
 from ..models.pairing import eos_token_ids, load_draft
-from ..models.tokenizers import apply_chat_template
+from ..models.tokenizers import encode_prompts
 from ..prompts import Prompt
 from ..sampling import SamplingParams
 from .record import record
@@ -131,7 +132,7 @@ def profile(
         report.stage(f"Recording {compression}", sum(answer.limit for answer in asked))
         _record_missing(pair, asked, folder, info, report)
         costs = dict(info.costs) | {compression: calibrated(pair.target, pair.draft)}
-        dtype = str(pair.target.dtype).removeprefix("torch.")
+        dtype = dtype_name(pair.target.dtype)
         dtypes = dict(info.target["dtype"]) | {compression: dtype}
         info = replace(info, target=dict(info.target) | {"dtype": dtypes}, costs=costs)
     assert info is not None
@@ -163,8 +164,6 @@ class _Pair:
 def _info(pair: _Pair, prompts: Sequence[Prompt], recipe: ProfileRecipe) -> TraceInfo:
     target, draft = pair.target, pair.draft
     texts = json.dumps([(prompt.task, prompt.text) for prompt in prompts])
-    device = target.device
-    on_gpu = device.type == "cuda"
     return TraceInfo(
         target={
             "name": target.name,
@@ -177,7 +176,7 @@ def _info(pair: _Pair, prompts: Sequence[Prompt], recipe: ProfileRecipe) -> Trac
             "fingerprint": getattr(draft, "fingerprint", None),
             "vocab_size": draft.vocab_size,
         },
-        device=torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
+        device=device_name(target.device),
         versions={
             "speckv": __version__,
             "torch": torch.__version__,
@@ -200,12 +199,7 @@ def _key(info: TraceInfo) -> str:
 def _answers(pair: _Pair, prompts: Sequence[Prompt], recipe: ProfileRecipe) -> list[Answer]:
     """What is to be recorded of one compression."""
     target = pair.target
-    encoded = [_encode(pair.tokenizer, prompt.text) for prompt in prompts]
-    longest = max(map(len, encoded))
-    if longest >= target.max_positions:
-        raise ValueError(
-            f"prompts: expected at most {target.max_positions - 1} tokens each, got {longest}"
-        )
+    encoded = encode_prompts(pair.tokenizer, [p.text for p in prompts], target.max_positions)
     return [
         Answer(
             prompt_id=i,
@@ -219,13 +213,6 @@ def _answers(pair: _Pair, prompts: Sequence[Prompt], recipe: ProfileRecipe) -> l
         for temperature in recipe.temperatures
         for i, ids in enumerate(encoded)
     ]
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    if getattr(tokenizer, "chat_template", None):
-        return apply_chat_template(tokenizer, [{"role": "user", "content": text}])
-    ids: list[int] = tokenizer.encode(text)
-    return ids
 
 
 def _record_missing(

@@ -25,7 +25,7 @@ from ..files import write_atomically
 from ..models.base import CausalModel
 from ..models.llama import LlamaDecoder
 from ..models.pairing import eos_token_ids
-from ..models.tokenizers import apply_chat_template
+from ..models.tokenizers import encode_prompts
 from ..prompts import TASKS, Prompt
 
 _FORMAT = 1
@@ -287,12 +287,8 @@ def generate(
     started = time.perf_counter()
     rows: dict[int, _Row] = {}
     done: dict[int, _Row] = {}
-    encoded = [_encode(tokenizer, prompt.text) for prompt in prompts]
+    encoded = encode_prompts(tokenizer, [p.text for p in prompts], target.max_positions)
     longest = max(map(len, encoded))
-    if longest >= target.max_positions:
-        raise ValueError(
-            f"prompts: expected at most {target.max_positions - 1} tokens each, got {longest}"
-        )
     slots = min(_SLOTS, len(prompts))
     capacity = min(longest + recipe.max_new_tokens, target.max_positions)
     cache = target.new_cache(slots, capacity)
@@ -302,13 +298,14 @@ def generate(
     top = min(recipe.top, target.vocab_size)
 
     def extend(active: list[_Row], logits: Tensor) -> None:
-        best = _likeliest(logits.float(), top)
-        best_probs = torch.softmax(logits.float(), dim=-1).gather(1, best).cpu()
+        scores = logits.float()
+        best = _likeliest(scores, top)
+        best_probs = torch.softmax(scores, dim=-1).gather(1, best).cpu()
         best_ids = best.cpu()
         tokens = best_ids[:, 0].tolist()
         drawn = [i for i, row in enumerate(active) if row.temperature > 0]
         if drawn:
-            rest = _draw(logits[drawn], [active[i] for i in drawn])
+            rest = _draw(scores[drawn], [active[i] for i in drawn])
             for i, token in zip(drawn, rest, strict=True):
                 tokens[i] = token
         for i, (row, token) in enumerate(zip(active, tokens, strict=True)):
@@ -367,22 +364,15 @@ def _likeliest(logits: Tensor, count: int) -> Tensor:
 
 
 def _draw(logits: Tensor, rows: Sequence[_Row]) -> list[int]:
-    """A token of each row of logits [n, V] at its temperature, by inversion."""
+    """A token of each row of fp32 logits [n, V] at its temperature, by inversion."""
     scale = torch.tensor([[1 / row.temperature] for row in rows], device=logits.device)
-    cumulative = torch.softmax(logits.float() * scale, dim=-1).cumsum(dim=-1)
+    cumulative = torch.softmax(logits * scale, dim=-1).cumsum(dim=-1)
     uniform = [torch.rand(1, generator=row.generator) for row in rows]
     # The last sum is 1 but for rounding, so it is what the uniform number is a share of.
     places = torch.stack(uniform).to(logits.device) * cumulative[:, -1:]
     found = torch.searchsorted(cumulative, places, right=True)[:, 0]
     tokens: list[int] = found.clamp_(max=logits.shape[-1] - 1).tolist()
     return tokens
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    if getattr(tokenizer, "chat_template", None):
-        return apply_chat_template(tokenizer, [{"role": "user", "content": text}])
-    ids: list[int] = tokenizer.encode(text)
-    return ids
 
 
 def _shard(rows: Sequence[_Row], prompts: Sequence[Prompt], seconds: float) -> Shard:

@@ -26,7 +26,7 @@ from .._version import __version__
 from ..decoding.calibrate import measure
 from ..errors import SpeckvError
 from ..files import write_atomically
-from ..machine import cpu_name
+from ..machine import device_name
 from ..models.hub import cache_root
 from ..models.llama import LlamaDecoder
 from ..models.loading import load_model, open_checkpoint
@@ -40,11 +40,10 @@ from .corpus import Corpus, CorpusRecipe
 from .examples import Examples
 from .stopwatch import Stopwatch
 from .student import Student
-from .trainer import Measurement, Trainer, TrainingRecipe
+from .trainer import GAMMAS, Measurement, Trainer, TrainingRecipe
 
 _DEPTHS = (1, 2, 4)
 _SETTINGS, _SEARCH, _STATE, _SECONDS = "settings.json", "search.json", "state.pt", "seconds.json"
-_GAMMAS = (1, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -390,7 +389,6 @@ class _Distillation:
         for task in dict.fromkeys(tasks):
             bits = [a for a, t in zip(agreed, tasks, strict=True) if t == task]
             by_task[task] = _acceptance(bits)
-        device = self._target.device
         return {
             "recipe": asdict(self._recipe),
             "corpus": {
@@ -420,9 +418,7 @@ class _Distillation:
                 "training": round(self._stopwatch["training"]),
             },
             "machine": {
-                "device": torch.cuda.get_device_name(device)
-                if device.type == "cuda"
-                else cpu_name(),
+                "device": device_name(self._target.device),
                 "threads": torch.get_num_threads(),
                 "compression": self._target.compression,
                 "python": platform.python_version(),
@@ -440,4 +436,4 @@ def _write_json(path: Path, data: Any) -> None:
 
 def _acceptance(agreed: Sequence[np.ndarray]) -> dict[str, float]:
     """Accepted over drafted tokens by fixed γ."""
-    return {str(g): round(count_accepted(agreed, g).acceptance, 4) for g in _GAMMAS}
+    return {str(g): round(count_accepted(agreed, g).acceptance, 4) for g in GAMMAS}

@@ -17,6 +17,9 @@ from .acceptance import count_accepted, overlap
 from .examples import Batch, Examples
 from .student import Student
 
+GAMMAS = (1, 4, 8)
+"""Fixed γ that acceptance is measured at."""
+
 _BETAS = (0.9, 0.98)
 _WEIGHT_DECAY = 0.01
 _CLIP = 1.0
@@ -213,7 +216,7 @@ class Trainer:
             self.step,
             shared,
             float(np.concatenate(agreed).mean()),
-            {str(g): count_accepted(agreed, g).acceptance for g in (1, 4, 8)},
+            {str(g): count_accepted(agreed, g).acceptance for g in GAMMAS},
         )
 
     def _batches(self, steps: int) -> Any:

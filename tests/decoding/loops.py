@@ -84,9 +84,7 @@ def decode_with(loop: EagerLoop, batch: RequestBatch, policy: Tensor) -> list[De
         for record in records:
             old = rows[record.row]
             step = [] if record.gamma < 0 else [(record.gamma, record.accepted)]
-            rows[record.row] = Decoded(
-                old.tokens + record.tokens, old.steps + step, record.done
-            )
+            rows[record.row] = Decoded(old.tokens + record.tokens, old.steps + step, record.done)
     return rows
 
 

@@ -43,8 +43,22 @@ def test_simple_policies_pack_their_number(
 
 @pytest.mark.parametrize(
     "name",
-    ["", "fixed", "fixed:", "fixed:-1", "fixed:16", "fixed:2.5", "entropy:-1", "entropy:inf",
-     "entropy:nan", "confidence:1.5", "confidence:high", "magic", "file:", "paper:3"],
+    [
+        "",
+        "fixed",
+        "fixed:",
+        "fixed:-1",
+        "fixed:16",
+        "fixed:2.5",
+        "entropy:-1",
+        "entropy:inf",
+        "entropy:nan",
+        "confidence:1.5",
+        "confidence:high",
+        "magic",
+        "file:",
+        "paper:3",
+    ],
 )
 def test_bad_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="policy"):
@@ -90,8 +104,12 @@ def test_a_cost_table_is_whole_and_positive() -> None:
 def tensors() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = {
-        "feature_mean": (16,), "feature_scale": (16,), "hidden_weight": (16, 16),
-        "hidden_bias": (16,), "output_weight": (16, 16), "output_bias": (16,),
+        "feature_mean": (16,),
+        "feature_scale": (16,),
+        "hidden_weight": (16, 16),
+        "hidden_bias": (16,),
+        "output_weight": (16, 16),
+        "output_bias": (16,),
     }
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
@@ -117,8 +135,12 @@ def test_a_policy_file_survives_the_round_trip(saved: Path) -> None:
 
 def rewrite(path: Path, **changes: str) -> None:
     metadata = {
-        "format": FORMAT, "version": VERSION, "layout": "survival", "gammas": json.dumps([1]),
-        "sha256": "0" * 64, "card": "{}",
+        "format": FORMAT,
+        "version": VERSION,
+        "layout": "survival",
+        "gammas": json.dumps([1]),
+        "sha256": "0" * 64,
+        "card": "{}",
     }
     save_file(tensors(), path, metadata | changes)
 

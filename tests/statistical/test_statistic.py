@@ -48,9 +48,7 @@ def test_exact_joint_is_the_product_of_the_model_s_own_steps() -> None:
 def test_p_values_of_right_samples_are_uniform() -> None:
     law = exact_joint(TARGET, PROMPT, LENGTH, Warp(temperature=0.8))
     random = np.random.default_rng(11)
-    values = [
-        chi_square(random.multinomial(20_000, law.reshape(-1)), law) for _ in range(200)
-    ]
+    values = [chi_square(random.multinomial(20_000, law.reshape(-1)), law) for _ in range(200)]
     below = [sum(v < level for v in values) for level in (0.1, 0.5, 0.9)]
     for count, level in zip(below, (0.1, 0.5, 0.9), strict=True):
         assert abs(count - 200 * level) < 4 * np.sqrt(200 * level * (1 - level))

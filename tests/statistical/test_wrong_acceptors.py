@@ -31,9 +31,7 @@ class DropsUnlikely(Operations):
     The token never meets the target: whether a position is drafted then depends on its draw.
     """
 
-    def draft_step(
-        self, logits: Tensor, state: StepState, policy: Tensor, **options: Any
-    ) -> None:
+    def draft_step(self, logits: Tensor, state: StepState, policy: Tensor, **options: Any) -> None:
         before = state.rows[:, at.DRAFTED].clone()
         super().draft_step(logits, state, policy, **options)
         last = (state.rows[:, at.DRAFTED].long() - 1).clamp(min=0)

@@ -177,8 +177,7 @@ def decide(policy: Tensor, rows: Tensor, running: Tensor) -> Tensor:
     drafted, length = rows[:, at.DRAFTED], rows[:, at.LENGTH]
     cap = (rows[:, at.LIMIT] - length - 1).clamp(max=int(policy[at.GAMMA_CAP]))
     look = (drafted == 0) & (
-        (running[:, at.LAST_ENTROPY] < 0)
-        | (rows[:, at.PLAIN_RUN] >= int(policy[at.PROBE_EVERY]))
+        (running[:, at.LAST_ENTROPY] < 0) | (rows[:, at.PLAIN_RUN] >= int(policy[at.PROBE_EVERY]))
     )
     features = torch.zeros(len(rows), at.FEATURES)
     features[:, : at.FEATURE_DRAFTED] = running[:, : at.FEATURE_DRAFTED]
@@ -203,9 +202,7 @@ def decide(policy: Tensor, rows: Tensor, running: Tensor) -> Tensor:
     return (drafted >= cap) | (~look & (drafted >= best))
 
 
-def _gumbel(
-    seeds: Tensor, rows: Tensor, index: Tensor, ids: Tensor, purpose: Tensor
-) -> Tensor:
+def _gumbel(seeds: Tensor, rows: Tensor, index: Tensor, ids: Tensor, purpose: Tensor) -> Tensor:
     """Noise [B, len(ids)] of each row's request, index and purpose."""
     tokens = ids.expand(len(rows), -1)
     request = rows[:, at.REQUEST, None]
