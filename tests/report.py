@@ -39,6 +39,7 @@ class Suite:
 
 SUITES = (
     Suite("ruff", ("ruff", "check", ".")),
+    Suite("format", ("ruff", "format", "--check", ".")),
     Suite("mypy", ("mypy",)),
     Suite("interpreter", ("pytest", "-m", "interpreter"), pytest=True, interpreted=True),
     Suite("tests", ("pytest", "-m", "not interpreter"), pytest=True),
