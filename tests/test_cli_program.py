@@ -99,7 +99,9 @@ def test_a_real_ctrl_c_while_loading() -> None:
         "def load(options): print('loading', flush=True); time.sleep(60)\n"
         "cli.load_engine = load"
     )
-    program = f"import sys; from speckv import cli\n{script}\ncli.main()"
+    # A shell starts what runs in the background with SIGINT ignored, and children inherit that.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"import sys; from speckv import cli\n{heed}\n{script}\ncli.main()"
     with subprocess.Popen(
         [sys.executable, "-c", program, "generate", "Why?"],
         stdout=subprocess.PIPE,
