@@ -30,6 +30,7 @@ class DistillOptions:
     target: str | None
     out: Path | None
     prompts: str
+    written: int
     max_new_tokens: int
     epochs: float
     layers: list[str]
@@ -107,6 +108,7 @@ def run_distill(options: DistillOptions, console: Console) -> SliceManifest | No
         corpus=CorpusRecipe(max_new_tokens=options.max_new_tokens, seed=options.seed),
         training=TrainingRecipe(learning_rate=options.learning_rate, seed=options.seed),
         epochs=options.epochs,
+        written=options.written,
         layers=layers,
         heads=tuple(options.heads) or DistillRecipe.heads,
     )

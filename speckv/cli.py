@@ -207,6 +207,14 @@ def distill(
             help="So many built-in training prompts, or a .txt or .jsonl file of prompts.",
         ),
     ] = "20480",
+    written: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Let the target write about so many more; they are more varied. It needs a chat"
+            " template.",
+        ),
+    ] = 0,
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", help="Longest response to train on.")
     ] = 256,
@@ -253,6 +261,7 @@ def distill(
             target,
             out,
             prompts,
+            written,
             max_new_tokens,
             epochs,
             layers or [],

@@ -1,8 +1,8 @@
 """The γ-MLP's weights and their file.
 
-A policy file is safetensors: the five weight tensors and the input standardisation, and metadata
-with ``format``, ``version``, ``layout``, ``gammas``, a SHA-256 over the tensors, and a training
-card.
+A policy file is safetensors: the weight tensors, the input standardisation and, of a policy trained
+on traces, its record there; and metadata with ``format``, ``version``, ``layout``, ``gammas``, a
+SHA-256 over the tensors, and a training card.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from torch import Tensor
 from ..errors import PolicyError
 from ..files import write_atomically
 from ..kernels import layout as at
+from ..kernels.layout import WIDTH_MAX
+from .cost import CostTable
 
 FORMAT, VERSION = "speckv-policy", "1"
 _LAYOUTS = {"survival": at.LAYOUT_SURVIVAL, "paper": at.LAYOUT_PAPER}
@@ -33,6 +35,8 @@ _SHAPES = {
     "output_weight": (at.OUTPUTS, at.HIDDEN),
     "output_bias": (at.OUTPUTS,),
 }
+_RECORD = "record"
+_RECORD_SHAPE = (3, at.GAMMA_MAX + 2)
 _OFFSETS = {
     "feature_mean": at.FEATURE_MEAN,
     "feature_scale": at.FEATURE_SCALE,
@@ -41,6 +45,37 @@ _OFFSETS = {
     "output_weight": at.OUTPUT_WEIGHT,
     "output_bias": at.OUTPUT_BIAS,
 }
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a policy did on its own traces at one compression: what its λ is computed from.
+
+    Attributes
+    ----------
+    survival : tuple of 15 floats
+        Share of all places where at least k = 1..15 draft tokens are accepted.
+    context : float
+        Mean length of the committed text, in tokens.
+    gain : float
+        Its tokens per second over those of the best fixed γ.
+    """
+
+    survival: tuple[float, ...]
+    context: float
+    gain: float
+
+    def rate(self, cost: CostTable) -> float:
+        """Tokens per millisecond to be expected at these costs: the best fixed γ's, and the gain.
+
+        That is λ of the rate objective, which should be the rate achieved.
+        """
+        tokens, best = 1.0, 0.0
+        for gamma in range(WIDTH_MAX):
+            ms = cost.step_ms[gamma] + cost.step_ms_per_context_token[gamma] * self.context
+            best = max(best, tokens / ms)
+            tokens += self.survival[gamma] if gamma < at.GAMMA_MAX else 0.0
+        return self.gain * best
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +93,15 @@ class Mlp:
         ``output_weight`` [16, 16], ``output_bias`` [16].
     card : mapping
         How it was trained: data, seeds, metrics. JSON values.
+    records : mapping of int to Record
+        By compression, as its place in the inputs' one-hot; empty for a policy of no trace.
     """
 
     layout: int
     gammas: tuple[int, ...]
     tensors: Mapping[str, Tensor]
     card: Mapping[str, Any] = field(default_factory=dict)
+    records: Mapping[int, Record] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, shape in _SHAPES.items():
@@ -88,6 +126,8 @@ class Mlp:
     def save(self, path: Path) -> None:
         """Write the policy file; an interrupted save leaves the old file or none."""
         tensors = {name: self.tensors[name].contiguous() for name in _SHAPES}
+        if self.records:
+            tensors[_RECORD] = _pack_records(self.records)
         metadata = {
             "format": FORMAT,
             "version": VERSION,
@@ -130,7 +170,27 @@ class Mlp:
             card = json.loads(metadata["card"])
         except (KeyError, TypeError, ValueError) as error:
             raise PolicyError(f"policy file {path}: bad metadata ({error!r})") from None
-        return cls(layout, gammas, tensors, card)
+        record = tensors.pop(_RECORD, None)
+        if record is not None and tuple(record.shape) != _RECORD_SHAPE:
+            raise PolicyError(
+                f"policy file {path}: expected a record of {_RECORD_SHAPE}, got "
+                f"{tuple(record.shape)}"
+            )
+        records = {} if record is None else _unpack_records(record)
+        return cls(layout, gammas, tensors, card, records)
+
+
+def _pack_records(records: Mapping[int, Record]) -> Tensor:
+    packed = torch.zeros(_RECORD_SHAPE)
+    for place, record in records.items():
+        packed[place] = torch.tensor([*record.survival, record.context, record.gain])
+    return packed
+
+
+def _unpack_records(packed: Tensor) -> dict[int, Record]:
+    """Rows without a gain stand for compressions without a record."""
+    rows = enumerate(packed.tolist())
+    return {i: Record(tuple(row[:-2]), row[-2], row[-1]) for i, row in rows if row[-1] > 0}
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -26,9 +26,9 @@ from ..kernels import layout as at
 from .cost import CostTable
 from .mlp import Mlp
 
-_EMA_WEIGHT = 0.2
+EMA_WEIGHT = 0.2
 _PROBE_EVERY = 32  # a draft token in 33 steps: with a useless draft it costs 0.4 to 0.7%
-_COMPRESSION_INDEX = {"fp32": 0, "fp16": 0, "bf16": 0, "int8": 1, "nf4": 2}
+COMPRESSION_INDEX = {"fp32": 0, "fp16": 0, "bf16": 0, "int8": 1, "nf4": 2}
 _EXPECTED = "fixed:K, entropy:T, confidence:T, paper, speckv or file:PATH"
 
 
@@ -76,7 +76,13 @@ class Policy:
         """Whether `pack` needs a cost table."""
         return self.mode == at.MODE_MLP and self.objective == at.OBJECTIVE_RATE
 
-    def pack(self, compression: str = "fp16", cost: CostTable | None = None) -> Tensor:
+    def pack(
+        self,
+        compression: str = "fp16",
+        cost: CostTable | None = None,
+        *,
+        rate: float | None = None,
+    ) -> Tensor:
         """The policy as the kernels read it.
 
         Parameters
@@ -84,9 +90,12 @@ class Policy:
         compression : str
             Of the target; bf16 and fp32 count as fp16.
         cost : CostTable, optional
-            Costs of a step on this machine. λ, which should be the rate achieved, is that of plain
-            decoding, its lower bound: γ errs upwards where speculation pays, and a draft that its
-            own predictions do not support is not used.
+            Costs of a step on this machine. λ, which should be the rate achieved, comes from the
+            record of an MLP trained on traces of this compression. For any other it is that of
+            plain decoding, a lower bound: γ errs upwards where speculation pays, and a draft that
+            its own predictions do not support is not used.
+        rate : float, optional
+            λ itself, tokens per millisecond.
 
         Returns
         -------
@@ -98,9 +107,9 @@ class Policy:
         buffer[at.GAMMA_CAP] = self.gamma_cap
         buffer[at.THRESHOLD] = self.threshold
         buffer[at.PROBE_EVERY] = _PROBE_EVERY
-        buffer[at.COMPRESSION] = _COMPRESSION_INDEX[compression]
+        buffer[at.COMPRESSION] = COMPRESSION_INDEX[compression]
         buffer[at.CANDIDATES] = sum(1 << g for g in self.candidates)
-        buffer[at.EMA_WEIGHT] = _EMA_WEIGHT
+        buffer[at.EMA_WEIGHT] = EMA_WEIGHT
         if self.mlp is not None:
             self.mlp.pack_into(buffer)
             buffer[at.EXPECTED_ACCEPTANCE] = self.expected_acceptance
@@ -111,8 +120,12 @@ class Policy:
             buffer[at.COST_PER_TOKEN : at.COST_PER_TOKEN + at.WIDTH_MAX] = torch.tensor(
                 cost.step_ms_per_context_token
             )
-            buffer[at.RATE] = 1.0 / cost.step_ms[0]
+            buffer[at.RATE] = self._rate(compression, cost) if rate is None else rate
         return buffer
+
+    def _rate(self, compression: str, cost: CostTable) -> float:
+        record = None if self.mlp is None else self.mlp.records.get(COMPRESSION_INDEX[compression])
+        return 1.0 / cost.step_ms[0] if record is None else record.rate(cost)
 
 
 def parse_policy(name: str | Policy) -> Policy:
@@ -138,13 +151,13 @@ def parse_policy(name: str | Policy) -> Policy:
     if kind == "confidence":
         return Policy(name, at.MODE_CONFIDENCE, threshold=_number(name, argument, float, 0, 1))
     if kind == "file" and argument:
-        return _of_mlp(name, Mlp.load(Path(argument)))
+        return mlp_policy(name, Mlp.load(Path(argument)))
     if name == "paper":
-        return _of_mlp(name, shipped_mlp("paper"))
+        return mlp_policy(name, shipped_mlp("paper"))
     if name == "speckv":
         mlp = shipped_mlp("paper")
         return replace(
-            _of_mlp(name, mlp, rate=True), expected_acceptance=float(mlp.card["mean_acceptance"])
+            mlp_policy(name, mlp, rate=True), expected_acceptance=float(mlp.card["mean_acceptance"])
         )
     raise ValueError(f"policy: expected {_EXPECTED}, got {name!r}")
 
@@ -156,8 +169,11 @@ def shipped_mlp(name: str) -> Mlp:
         return Mlp.load(path)
 
 
-def _of_mlp(name: str, mlp: Mlp, rate: bool = False) -> Policy:
-    """The paper chooses among the γ it measured; the rate objective among all up to those."""
+def mlp_policy(name: str, mlp: Mlp, rate: bool = False) -> Policy:
+    """The policy of an MLP.
+
+    The paper chooses among the γ it measured; the rate objective among all up to those.
+    """
     rate = rate or mlp.layout == at.LAYOUT_SURVIVAL
     largest = max(mlp.gammas)
     candidates: Iterable[int] = range(largest + 1) if rate else mlp.gammas

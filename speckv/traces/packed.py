@@ -8,7 +8,7 @@ decision, the reference itself decides. So replayed decisions are those of the C
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 from ..kernels import layout as at
 from ..kernels import reference
 from .schema import Answer
+
+Tokens = Callable[[np.ndarray], np.ndarray]
 
 _NEARLY_EQUAL = 1e-4
 """Much more than what orders of summation differ by in values of γ, in tokens."""
@@ -29,15 +31,19 @@ class PackedController:
     Parameters
     ----------
     policy : float32 [POLICY_WORDS], on the CPU
+    tokens : callable, optional
+        Expected tokens of a step by γ, float32 [n, WIDTH_MAX], from features [n, FEATURES]; takes
+        the place of the policy's MLP.
     """
 
-    def __init__(self, policy: Tensor) -> None:
+    def __init__(self, policy: Tensor, tokens: Tokens | None = None) -> None:
         self._policy = policy
+        self._by_mlp = tokens is None
         words = policy.numpy()
         self._header = words[: at.HEADER_WORDS].tolist()
         self._mode = int(self._header[at.MODE])
         self._cap = int(self._header[at.GAMMA_CAP])
-        self._mlp = _Values(words)
+        self._values = _Values(words, tokens)
 
     def start(self, answers: Sequence[Answer]) -> None:
         """See `Controller`."""
@@ -119,10 +125,12 @@ class PackedController:
         """Whether the best γ is above ``drafted``: bool [n]."""
         if not len(lanes):
             return np.zeros(0, dtype=bool)
-        values = self._mlp(self._running[lanes], drafted, length, acceptance)
+        values = self._values(self._running[lanes], drafted, length, acceptance)
         here = values[:, : drafted + 1].max(axis=1)
         beyond = values[:, drafted + 1 :].max(axis=1, initial=-math.inf)
         more: np.ndarray = beyond > here
+        if not self._by_mlp:
+            return more
         for i in np.flatnonzero(_close(here, beyond)):
             running = self._running[lanes[i]].tolist()
             running[at.ACCEPTANCE] = float(acceptance[i])
@@ -139,14 +147,25 @@ def _close(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return near
 
 
-class _Values:
-    """The value of each γ by the MLP of a packed policy; see `reference.decide`."""
+def expected_tokens(survival: np.ndarray) -> np.ndarray:
+    """Expected tokens of a step by γ, float32 [n, WIDTH_MAX], from P(accepted >= k) [n, 15]."""
+    tokens = np.ones((len(survival), at.WIDTH_MAX), dtype=np.float32)
+    tokens[:, 1:] += survival.cumsum(axis=1)
+    return tokens
 
-    def __init__(self, words: np.ndarray) -> None:
+
+class _Values:
+    """The value of each γ by a packed policy; see `reference.decide`.
+
+    ``tokens`` takes the place of its MLP: features [n, FEATURES] to `expected_tokens`.
+    """
+
+    def __init__(self, words: np.ndarray, tokens: Tokens | None) -> None:
         def block(start: int, *shape: int) -> np.ndarray:
             values: np.ndarray = words[start : start + math.prod(shape)].reshape(shape)
             return values
 
+        self._tokens = tokens or self._mlp_tokens
         header = words[: at.HEADER_WORDS].tolist()
         self._mean, self._scale = (
             block(at.FEATURE_MEAN, at.FEATURES),
@@ -177,8 +196,7 @@ class _Values:
         features[:, at.FEATURE_DRAFTED] = drafted
         features[:, self._one_hot] = 1.0
         features[:, at.FEATURE_ACCEPTANCE] = acceptance
-        hidden = ((features - self._mean) * self._scale) @ self._weight.T + self._bias
-        tokens = self._paper_tokens(hidden) if self._paper else self._survival_tokens(hidden)
+        tokens = self._tokens(features)
         if self._expected > 0:
             trust = np.minimum(acceptance / self._expected, 1.0).astype(np.float32)
             tokens = 1 + (tokens - 1) * trust[:, None]
@@ -188,12 +206,14 @@ class _Values:
         values: np.ndarray = np.where(self._barred, -np.inf, tokens)
         return values
 
+    def _mlp_tokens(self, features: np.ndarray) -> np.ndarray:
+        hidden = ((features - self._mean) * self._scale) @ self._weight.T + self._bias
+        return self._paper_tokens(hidden) if self._paper else self._survival_tokens(hidden)
+
     def _survival_tokens(self, hidden: np.ndarray) -> np.ndarray:
         logit = np.maximum(hidden, 0) @ self._output.T + self._output_bias
         survival = 1 / (1 + np.exp(-np.clip(logit[:, : at.GAMMA_MAX], -80, 80)))
-        tokens = np.ones((len(hidden), at.WIDTH_MAX), dtype=np.float32)
-        tokens[:, 1:] += survival.cumsum(axis=1)
-        return tokens
+        return expected_tokens(survival)
 
     def _paper_tokens(self, hidden: np.ndarray) -> np.ndarray:
         gammas = np.arange(at.WIDTH_MAX, dtype=np.float32)

@@ -26,7 +26,8 @@ def to_markdown(manifest: SliceManifest) -> str:
             f"head of {manifest.vocab_size:,} tokens, the target's embeddings (not stored). It "
             "holds for that one target, and its license is the target's.",
             "",
-            f"- Data: {corpus['sequences']:,} prompts answered by the target itself "
+            f"- Data: {corpus['sequences']:,} prompts, {card['written_prompts']:,} of them written "
+            "by the target, all answered by it "
             f"({machine['compression']}, temperatures {temperatures} in turn), "
             f"{corpus['tokens']:,} response tokens.",
             f"- Training: {training['steps']:,} of {training['planned_steps']:,} steps, "

@@ -132,8 +132,8 @@ _TENSORS = tuple(f.name for f in fields(Shard) if f.name not in ("tasks", "secon
 
 
 @dataclass
-class _Row:
-    """A sequence on its way, with room for all that it may become.
+class Continued:
+    """A sequence of `continue_texts`, with room for all that it may become.
 
     Tensors of a token each would break up the heap between the large ones of every step.
     """
@@ -211,12 +211,23 @@ class Corpus:
         self.folder.mkdir(parents=True, exist_ok=True)
         facts = json.dumps(self._facts, indent=1)
         write_atomically(self.folder / "corpus.json", lambda path: path.write_text(facts))
-        held: list[int] = []
-        for index in range(self.size):
-            if not self._make(index, report, wait=False):
-                held.append(index)
-        for index in held:  # by another process, unless it died
-            self._make(index, report, wait=True)
+
+        def make(index: int) -> None:
+            shard = generate(
+                self._target,
+                self._tokenizer,
+                self._part(index),
+                self._recipe,
+                first=index * _SHARD_PROMPTS,
+                advance=report,
+            )
+            shard.save(self.path(index))
+
+        make_files(
+            [self.path(index) for index in range(self.size)],
+            make,
+            found=lambda index: report(len(self._part(index)), 0),
+        )
 
     def shards(self) -> Iterator[Shard]:
         """The shards, in order.
@@ -235,32 +246,41 @@ class Corpus:
     def _part(self, index: int) -> list[Prompt]:
         return self._prompts[index * _SHARD_PROMPTS : (index + 1) * _SHARD_PROMPTS]
 
-    def _make(self, index: int, report: Callable[[int, int], None], *, wait: bool) -> bool:
-        """Have shard ``index``; False if another process is making it and ``wait`` is not set."""
-        path, part = self.path(index), self._part(index)
-        if path.is_file():
-            report(len(part), 0)
-            return True
-        try:
-            with FileLock(path.with_suffix(".lock"), timeout=-1 if wait else 0):
-                if path.is_file():
-                    report(len(part), 0)
-                    return True
-                shard = generate(
-                    self._target,
-                    self._tokenizer,
-                    part,
-                    self._recipe,
-                    first=index * _SHARD_PROMPTS,
-                    advance=report,
-                )
-                shard.save(path)
-        except Timeout:
-            return False
+
+def make_files(
+    paths: Sequence[Path], make: Callable[[int], None], *, found: Callable[[int], None]
+) -> None:
+    """Have every file, sharing the work with whichever processes do the same.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        Each is written in one rename, under a lock beside it.
+    make : callable
+        Writes the file of that place in ``paths``.
+    found : callable
+        Called for each file that need not be written.
+    """
+
+    def have(index: int, *, wait: bool) -> bool:
+        """False if another process is making it and ``wait`` is not set."""
+        path = paths[index]
+        if not path.is_file():
+            try:
+                with FileLock(path.with_suffix(".lock"), timeout=-1 if wait else 0):
+                    if not path.is_file():
+                        make(index)
+                        return True
+            except Timeout:
+                return False
+        found(index)
         return True
 
+    held = [index for index in range(len(paths)) if not have(index, wait=False)]
+    for index in held:  # by another process, unless it died
+        have(index, wait=True)
 
-@torch.inference_mode()
+
 def generate(
     target: CausalModel,
     tokenizer: Any,
@@ -270,7 +290,7 @@ def generate(
     first: int = 0,
     advance: Callable[[int, int], None] = lambda sequences, tokens: None,
 ) -> Shard:
-    """Let the target answer the prompts, a new one entering wherever one ends.
+    """Let the target answer the prompts.
 
     Parameters
     ----------
@@ -285,19 +305,37 @@ def generate(
         A prompt fills the target's context.
     """
     started = time.perf_counter()
-    rows: dict[int, _Row] = {}
-    done: dict[int, _Row] = {}
     encoded = encode_prompts(tokenizer, [p.text for p in prompts], target.max_positions)
-    longest = max(map(len, encoded))
-    slots = min(_SLOTS, len(prompts))
+    eos = eos_token_ids(target, tokenizer)
+    rows = continue_texts(target, encoded, recipe, eos=eos, first=first, advance=advance)
+    return _shard(rows, prompts, time.perf_counter() - started)
+
+
+@torch.inference_mode()
+def continue_texts(
+    target: CausalModel,
+    texts: Sequence[Sequence[int]],
+    recipe: CorpusRecipe,
+    *,
+    eos: Sequence[int],
+    first: int = 0,
+    advance: Callable[[int, int], None] = lambda sequences, tokens: None,
+) -> list[Continued]:
+    """Let the target continue texts of token ids, a new one entering wherever one ends.
+
+    Parameters are those of `generate`; ``eos`` are the ids that end a text.
+    """
+    rows: dict[int, Continued] = {}
+    done: dict[int, Continued] = {}
+    longest = max(map(len, texts))
+    slots = min(_SLOTS, len(texts))
     capacity = min(longest + recipe.max_new_tokens, target.max_positions)
     cache = target.new_cache(slots, capacity)
-    waiting = deque(range(len(prompts)))
+    waiting = deque(range(len(texts)))
     free = deque(range(slots))
-    eos = set(eos_token_ids(target, tokenizer))
     top = min(recipe.top, target.vocab_size)
 
-    def extend(active: list[_Row], logits: Tensor) -> None:
+    def extend(active: list[Continued], logits: Tensor) -> None:
         scores = logits.float()
         best = _likeliest(scores, top)
         best_probs = torch.softmax(scores, dim=-1).gather(1, best).cpu()
@@ -320,9 +358,9 @@ def generate(
     while waiting or rows:
         while waiting and free:
             index, slot = waiting.popleft(), free.popleft()
-            prompt = encoded[index]
+            prompt = texts[index]
             place = first + index
-            row = _Row(
+            row = Continued(
                 index,
                 slot,
                 list(prompt),
@@ -348,8 +386,7 @@ def generate(
                 slots=[row.slot for row in active],
             )
             extend(active, logits[:, 0])
-    finished = [done[i] for i in range(len(prompts))]
-    return _shard(finished, prompts, time.perf_counter() - started)
+    return [done[i] for i in range(len(texts))]
 
 
 def _likeliest(logits: Tensor, count: int) -> Tensor:
@@ -363,7 +400,7 @@ def _likeliest(logits: Tensor, count: int) -> Tensor:
     return torch.cat((best, rest), dim=1)
 
 
-def _draw(logits: Tensor, rows: Sequence[_Row]) -> list[int]:
+def _draw(logits: Tensor, rows: Sequence[Continued]) -> list[int]:
     """A token of each row of fp32 logits [n, V] at its temperature, by inversion."""
     scale = torch.tensor([[1 / row.temperature] for row in rows], device=logits.device)
     cumulative = torch.softmax(logits * scale, dim=-1).cumsum(dim=-1)
@@ -375,7 +412,7 @@ def _draw(logits: Tensor, rows: Sequence[_Row]) -> list[int]:
     return tokens
 
 
-def _shard(rows: Sequence[_Row], prompts: Sequence[Prompt], seconds: float) -> Shard:
+def _shard(rows: Sequence[Continued], prompts: Sequence[Prompt], seconds: float) -> Shard:
     return Shard(
         tokens=torch.tensor([t for row in rows for t in row.tokens], dtype=torch.int32),
         lengths=torch.tensor([len(row.tokens) for row in rows], dtype=torch.int32),

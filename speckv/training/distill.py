@@ -12,7 +12,7 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,6 +41,7 @@ from .examples import Examples
 from .stopwatch import Stopwatch
 from .student import Student
 from .trainer import GAMMAS, Measurement, Trainer, TrainingRecipe
+from .written import written_prompts
 
 _DEPTHS = (1, 2, 4)
 _SETTINGS, _SEARCH, _STATE, _SECONDS = "settings.json", "search.json", "state.pt", "seconds.json"
@@ -63,6 +64,9 @@ class DistillRecipe:
         Candidate sizes of the head.
     search_share : float
         Steps of each candidate's trial, as a share of the whole training.
+    written : int
+        Prompts that the target is to write itself, besides those given; some are dropped. See
+        `speckv.training.written`.
     """
 
     corpus: CorpusRecipe = field(default_factory=CorpusRecipe)
@@ -71,11 +75,14 @@ class DistillRecipe:
     layers: tuple[tuple[int, ...], ...] = ()
     heads: tuple[int, ...] = (4096, 8192, 16384)
     search_share: float = 0.05
+    written: int = 0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "search_share"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        if self.written < 0:
+            raise ValueError(f"written: expected at least 0, got {self.written}")
         if not self.heads or min(self.heads) < 1:
             raise ValueError(f"heads: expected sizes from 1 on, got {list(self.heads)}")
         if any(not candidate for candidate in self.layers):
@@ -169,9 +176,20 @@ def distill(
     for candidate in layers:
         if min(candidate) < 0 or max(candidate) > most:
             raise ValueError(f"layers: expected some of 0 to {most}, got {list(candidate)}")
-    corpus = Corpus(
-        corpus_root or cache_root() / "corpora", target, tokenizer, prompts, recipe.corpus
-    )
+    root = corpus_root or cache_root() / "corpora"
+    own: list[Prompt] = []
+    if recipe.written:
+        report.stage("Prompts", recipe.written)
+        own = written_prompts(
+            target,
+            tokenizer,
+            recipe.written,
+            root,
+            seed=recipe.corpus.seed,
+            advance=_tokens_a_second(report),
+        )
+        prompts = [*prompts, *own]
+    corpus = Corpus(root, target, tokenizer, prompts, recipe.corpus)
     if out is None or corpus_only:
         _write_corpus(corpus, len(prompts), report)
         return None
@@ -186,7 +204,9 @@ def distill(
         work = _Distillation(
             target, open_checkpoint(source), corpus, recipe, layers, unfinished, report
         )
-        return work.run(out, card={"command": command, "prompts": len(prompts)})
+        return work.run(
+            out, card={"command": command, "prompts": len(prompts), "written_prompts": len(own)}
+        )
 
 
 @contextmanager
@@ -215,16 +235,21 @@ def _claimed(out: Path, settings: dict[str, Any]) -> Iterator[Path]:
 
 def _write_corpus(corpus: Corpus, prompts: int, report: Reporter) -> None:
     report.stage("Corpus", prompts)
+    corpus.complete(_tokens_a_second(report))
+
+
+def _tokens_a_second(report: Reporter) -> Callable[[int, int], None]:
+    """Advances a stage by texts, of so many tokens, and notes how fast."""
     begun = time.perf_counter()
     tokens = 0
 
-    def advance(sequences: int, new: int) -> None:
+    def advance(texts: int, new: int) -> None:
         nonlocal tokens
         tokens += new
         rate = tokens / (time.perf_counter() - begun)
-        report.advance(sequences, f"{tokens:,} tokens, {rate:,.0f} a second")
+        report.advance(texts, f"{tokens:,} tokens, {rate:,.0f} a second")
 
-    corpus.complete(advance)
+    return advance
 
 
 class _Distillation:

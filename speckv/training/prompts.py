@@ -85,10 +85,21 @@ def _stream(task: str, seed: int) -> Iterator[Prompt]:
 @cache
 def load_grammar(task: str) -> Grammar:
     """The rules of a task together with those that all tasks share."""
-    folder = resources.files("speckv").joinpath("data", "training")
     rules: Grammar = {}
     for name in ("shared", task):
-        rules |= json.loads(folder.joinpath(f"{name}.json").read_text(encoding="utf-8"))
+        rules |= _load_rules(name)
+    return rules
+
+
+@cache
+def load_openings() -> dict[str, list[str]]:
+    """First words of prompts, by task, for a model to go on from."""
+    return _load_rules("openings")
+
+
+def _load_rules(name: str) -> Grammar:
+    folder = resources.files("speckv").joinpath("data", "training")
+    rules: Grammar = json.loads(folder.joinpath(f"{name}.json").read_text(encoding="utf-8"))
     return rules
 
 

@@ -1,0 +1,82 @@
+"""The information ceiling: large gradient-boosted models on what the γ-MLP sees.
+
+They are too slow to decide anything while decoding. What they reach in a replay shows how much the
+same features could still give a larger model.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from ..errors import SpeckvError
+from ..kernels.layout import GAMMA_MAX
+from .decisions import Decisions
+from .packed import expected_tokens
+
+_SETTINGS = {"learning_rate": 0.05, "max_leaf_nodes": 15, "min_samples_leaf": 100}
+_MOST_ROUNDS = 300
+
+
+class Boosted:
+    """P(accepted >= k | features), a `HistGradientBoostingClassifier` for each k = 1..15.
+
+    Parameters
+    ----------
+    train, validation : Decisions
+        Examples to learn from, and those of other prompts, by whose likelihood the number of trees
+        is chosen.
+
+    Raises
+    ------
+    SpeckvError
+        scikit-learn is not installed.
+    """
+
+    def __init__(self, train: Decisions, validation: Decisions) -> None:
+        try:
+            ensemble: Any = import_module("sklearn.ensemble")
+        except ImportError:
+            raise SpeckvError(
+                "boosted policies need scikit-learn: pip install 'speckv[train]'"
+            ) from None
+        kind = ensemble.HistGradientBoostingClassifier
+        self._models = [_fit(kind, train, validation, k) for k in range(GAMMA_MAX)]
+
+    def survival(self, features: np.ndarray) -> np.ndarray:
+        """Of features [N, FEATURES], float32: float64 [N, GAMMA_MAX]."""
+        columns = [
+            np.full(len(features), model)
+            if isinstance(model, float)
+            else model.predict_proba(features)[:, 1]
+            for model in self._models
+        ]
+        return np.stack(columns, axis=1)
+
+    def tokens(self, features: np.ndarray) -> np.ndarray:
+        """`expected_tokens` of those."""
+        return expected_tokens(self.survival(features))
+
+
+def _fit(kind: Any, train: Decisions, validation: Decisions, k: int) -> Any:
+    """A model of outcome ``k``; its mean where there is too little to learn from."""
+    features, outcome = _known(train, k)
+    held, held_outcome = _known(validation, k)
+    if min(outcome.sum(), (~outcome).sum()) < 2 or not len(held):
+        return float(outcome.mean()) if len(outcome) else 0.0
+    most = kind(max_iter=_MOST_ROUNDS, early_stopping=False, **_SETTINGS).fit(features, outcome)
+    losses = [_log_loss(p[:, 1], held_outcome) for p in most.staged_predict_proba(held)]
+    rounds = int(np.argmin(losses)) + 1
+    return kind(max_iter=rounds, early_stopping=False, **_SETTINGS).fit(features, outcome)
+
+
+def _known(examples: Decisions, k: int) -> tuple[np.ndarray, np.ndarray]:
+    known = examples.known[:, k]
+    return examples.features[known], examples.survived[known, k]
+
+
+def _log_loss(p: np.ndarray, outcome: np.ndarray) -> float:
+    clipped = np.clip(p, 1e-7, 1 - 1e-7)
+    return float(-np.log(np.where(outcome, clipped, 1 - clipped)).mean())
