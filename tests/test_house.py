@@ -88,7 +88,7 @@ _MAY_IMPORT = {
     "policies": {"policies", "kernels"},
     "decoding": {"decoding", "models", "policies", "kernels"},
     "prompts": {"prompts"},
-    "training": {"training", "prompts", *_BELOW_ENGINE},
+    "training": {"training", "traces", "prompts", *_BELOW_ENGINE},
     "traces": {"traces", "prompts", *_BELOW_ENGINE},
     "paper": {"paper", *_BELOW_ENGINE},
     "engine": {"engine", *_BELOW_ENGINE},
