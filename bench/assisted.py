@@ -116,7 +116,11 @@ def measure(
     from transformers import AutoModelForCausalLM
 
     engine = Engine.from_pretrained(draft=draft, compression=dtype, policy=policy)
-    shipped = shipped_draft(engine.target) if isinstance(engine.target, LlamaDecoder) else None
+    shipped = (
+        shipped_draft(engine.target.fingerprint)
+        if isinstance(engine.target, LlamaDecoder)
+        else None
+    )
     folder = Path(draft) if draft else shipped
     if folder is None:
         raise ValueError("draft: expected a folder, since none is shipped for this target")

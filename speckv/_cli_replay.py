@@ -1,13 +1,16 @@
-"""``speckv replay``: costs from a file, and the comparison as tables."""
+"""``speckv replay`` and ``calibrate``: costs as a file, and what was found as tables."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.console import Console
     from rich.table import Table
 
@@ -36,6 +39,27 @@ def read_costs(path: Path) -> dict[str, CostTable]:
         }
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"--costs: expected tables by compression in {path}: {error}") from None
+
+
+def write_costs(path: Path, tables: Mapping[str, CostTable]) -> None:
+    """Write what `read_costs` reads."""
+    from ._cli_output import to_json
+    from .files import write_atomically
+
+    text = to_json({name: asdict(table) for name, table in tables.items()}, indent=1) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def show_costs(console: Console, compression: str, cost: CostTable) -> None:
+    """Print a cost table, by γ."""
+    table = _table("ms at context 0", "at 1,000", "plain steps", rows="")
+    for gamma, (ms, slope) in enumerate(
+        zip(cost.step_ms, cost.step_ms_per_context_token, strict=True)
+    ):
+        far = ms + 1000 * slope
+        table.add_row(f"γ = {gamma}", f"{ms:.2f}", f"{far:.2f}", f"{ms / cost.step_ms[0]:.2f}")
+    console.print(f"{compression}: a step that verifies γ draft tokens", markup=False)
+    console.print(table)
 
 
 def show(console: Console, trace: Trace, cells: list[Cell]) -> None:
@@ -86,11 +110,11 @@ def _show_cell(console: Console, cell: Cell) -> None:
             console.print(f"tuned {row.policy}: {found}", style="dim", markup=False)
 
 
-def _table(*columns: str) -> Table:
+def _table(*columns: str, rows: str = "policy") -> Table:
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
-    table.add_column("policy", no_wrap=True)
+    table.add_column(rows, no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right")
     return table

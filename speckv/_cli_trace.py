@@ -1,4 +1,4 @@
-"""``speckv profile`` and ``speckv replay``: a pair's exact trace, and policies replayed on it."""
+"""Commands on a pair's exact trace: ``speckv profile``, ``replay``, ``train`` and ``calibrate``."""
 
 from __future__ import annotations
 
@@ -11,12 +11,30 @@ from . import _cli_options as opt
 
 if TYPE_CHECKING:
     from .prompts import Prompt
+    from .traces.schema import Trace as _Trace
+
+
+Trace = Annotated[Path, typer.Argument(metavar="TRACE", help="What speckv profile wrote.")]
+Costs = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="JSON with step_ms and step_ms_per_context_token, 16 numbers each, by compression."
+        " [default: the costs in the trace]",
+    ),
+]
+TrainShare = Annotated[
+    float, typer.Option(help="Share of the prompts to tune or train on; the others judge.")
+]
+SplitSeed = Annotated[int, typer.Option(help="Of the split of the prompts.")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     app.command()(profile)
     app.command()(replay)
+    app.command()(train)
+    app.command()(calibrate)
 
 
 def profile(
@@ -78,28 +96,19 @@ def profile(
 
 
 def replay(
-    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="What speckv profile wrote.")],
+    trace: Trace,
     policies: Annotated[
         str | None,
         typer.Option(
             metavar="A,B,...",
             help="Policies, separated by commas: those of --policy elsewhere, static,"
             " static-by-task, hf-confidence, hf-heuristic, adaedl, svip, confidence,"
-            " online-logistic, oracle. [default: all of them]",
+            " online-logistic, oracle, boosted. [default: all but the last, which takes minutes]",
         ),
     ] = None,
-    costs: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="JSON with step_ms and step_ms_per_context_token, 16 numbers each, by"
-            " compression. [default: the costs in the trace]",
-        ),
-    ] = None,
-    train_share: Annotated[
-        float, typer.Option(help="Share of the prompts that settings are tuned on.")
-    ] = 0.5,
-    seed: Annotated[int, typer.Option(help="Of the split of the prompts.")] = 0,
+    costs: Costs = None,
+    train_share: TrainShare = 0.5,
+    seed: SplitSeed = 0,
     json: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON.")
     ] = None,
@@ -149,6 +158,101 @@ def replay(
         document = to_dict(found, tables, compared, train_share=train_share, seed=seed)
         text = to_json(document, indent=1) + "\n"
         write_atomically(json.expanduser(), lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def train(
+    trace: Trace,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The policy file to write. [default: where the policy speckv of this pair is"
+            " looked for]",
+        ),
+    ] = None,
+    compression: Annotated[
+        list[str] | None,
+        typer.Option(help="Learn from this compression alone; repeat for several. [default: all]"),
+    ] = None,
+    costs: Costs = None,
+    rounds: Annotated[
+        int, typer.Option(help="Of gathering decisions under the policy and fitting.")
+    ] = 3,
+    seeds: Annotated[int, typer.Option(metavar="N", help="Fits of each round.")] = 3,
+    train_share: TrainShare = 0.5,
+    seed: SplitSeed = 0,
+) -> None:
+    """Train the policy speckv of a pair on its trace, for the most tokens per second.
+
+    Half of the prompts are learned from; speckv replay, with the same split, judges on the others.
+    """
+    from ._cli_output import Progressing, stderr_console
+    from ._cli_replay import read_costs
+    from .decoding.trained import pair_key, policy_path
+    from .traces.schema import read_trace
+    from .training.gamma import GammaRecipe, train_policy
+
+    recipe = GammaRecipe(rounds=rounds, seeds=tuple(range(seeds)))
+    found = read_trace(trace)
+    tables = found.info.costs if costs is None else read_costs(costs)
+    if compression:
+        found = _of_compressions(found, compression)
+    console = stderr_console()
+    with Progressing(console) as reporter:
+        trained = train_policy(found, tables, recipe, reporter, train_share=train_share, seed=seed)
+    path = out or policy_path(pair_key(found.info.target, found.info.draft))
+    trained.mlp.save(path.expanduser())
+    for cell, gain in trained.over_static.items():
+        console.print(
+            f"{cell}: {gain - 1:+.1%} tokens/s over the best fixed γ, on validation prompts",
+            markup=False,
+        )
+    console.print(f"written to {path}", markup=False)
+
+
+def calibrate(
+    target: opt.Target = None,
+    draft: opt.Draft = None,
+    compression: opt.Compression = None,
+    dtype: opt.Dtype = None,
+    device: opt.Device = None,
+    json: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the table as JSON.")
+    ] = None,
+) -> None:
+    """Measure what a step costs on this machine, for a pair; the policy speckv weighs it.
+
+    The engine does this by itself where the pair, the machine or the versions are new. This command
+    measures anew and replaces what is kept: run it with nothing else running.
+    """
+    from rich.console import Console
+
+    from ._cli_output import stdout_to_stderr
+    from ._cli_replay import show_costs, write_costs
+
+    with stdout_to_stderr():
+        from .decoding.calibrate import calibrated
+        from .decoding.lookup import parse_draft
+        from .models.loading import load_model
+        from .models.pairing import load_draft
+
+        lookup, name = parse_draft(draft)
+        model, tokenizer = load_model(target, compression=compression, dtype=dtype, device=device)
+        drafted, _ = load_draft(name, model, tokenizer)
+        if drafted is None and lookup is None:
+            raise ValueError(f"draft: expected one, since {model.name} has none of its own")
+        table = calibrated(model, drafted, anew=True)
+    show_costs(Console(highlight=False), model.compression, table)
+    if json is not None:
+        write_costs(json.expanduser(), {model.compression: table})
+
+
+def _of_compressions(found: _Trace, names: list[str]) -> _Trace:
+    there = dict.fromkeys(answer.compression for answer in found.answers)
+    for name in names:
+        if name not in there:
+            raise ValueError(f"--compression: expected some of {', '.join(there)}; got {name!r}")
+    return found.where(lambda answer: answer.compression in names)
 
 
 def _read_prompts(text: str | None) -> list[Prompt]:

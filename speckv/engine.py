@@ -16,6 +16,7 @@ from .decoding.eager import EagerLoop, StepRecord
 from .decoding.lookup import Lookup, parse_draft
 from .decoding.requests import RequestBatch
 from .decoding.stats import Stats
+from .decoding.trained import identify, trained_policy
 from .errors import NumericsError, SpeckvError
 from .kernels.checks import dtype_name
 from .kernels.layout import DONE_LENGTH, DONE_STOP
@@ -155,9 +156,12 @@ class Engine:
         target = self.target
         draft = "+".join(d.name for d in (self.lookup, self.draft) if d is not None) or "none"
         dtype = dtype_name(target.dtype)
+        policy = self.policy.name
+        if policy == "speckv" and self.draft is not None:
+            policy += " (trained)" if self.policy.trained else " (none trained for this pair)"
         return (
             f"target {target.name} ({target.compression}, {dtype}), draft {draft}, "
-            f"policy {self.policy.name}, eager loop on {target.device}"
+            f"policy {policy}, eager loop on {target.device}"
         )
 
     def generate(
@@ -305,6 +309,8 @@ class Engine:
             raise ValueError(
                 f"policy: expected fixed:0, since there is no draft, got {policy.name!r}"
             )
+        if policy.name == "speckv" and not policy.trained and self.draft is not None:
+            return trained_policy(identify(self.target), identify(self.draft)) or policy
         return policy
 
     @property

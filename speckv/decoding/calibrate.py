@@ -31,13 +31,13 @@ _CONTEXTS = (64, 1024)
 _REPEATS = 5
 
 
-def calibrated(target: CausalModel, draft: CausalModel | None) -> CostTable:
+def calibrated(target: CausalModel, draft: CausalModel | None, *, anew: bool = False) -> CostTable:
     """The cost table of this pair on this machine: from the cache, else measured (seconds).
 
-    Without a draft model it is that of a lookup.
+    Without a draft model it is that of a lookup. With ``anew`` it is measured in any case.
     """
     path = cache_root() / "costs" / f"{_key(target, draft)}.json"
-    table = _read(path)
+    table = None if anew else _read(path)
     if table is None:
         table = measure(target, draft)
         _write(path, table)

@@ -82,7 +82,7 @@ def _no_id_map(id_map: Tensor | None, why: str) -> None:
 def _default_draft(target: CausalModel) -> str:
     if not isinstance(target, LlamaDecoder):
         return "none"
-    shipped = shipped_draft(target)
+    shipped = shipped_draft(target.fingerprint)
     if shipped is not None:
         return str(shipped)
     return f"first:{UNTRAINED_LAYERS}" if target.config.layers > UNTRAINED_LAYERS else "none"

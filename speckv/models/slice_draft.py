@@ -181,10 +181,10 @@ def read_tensors(folder: Path, manifest: SliceManifest) -> tuple[TensorSource, T
     return _Unpacked(stored), stored[_ID_MAP]
 
 
-def shipped_draft(target: LlamaDecoder) -> Path | None:
-    """Folder of the draft that comes with the package for this target, if one does."""
+def shipped_draft(fingerprint: str) -> Path | None:
+    """Folder of the draft that comes with the package for a target of that fingerprint, if any."""
     for path in sorted(_SHIPPED.glob(f"*/{MANIFEST}")):
-        if SliceManifest.read(path.parent).fingerprint == target.fingerprint:
+        if SliceManifest.read(path.parent).fingerprint == fingerprint:
             return path.parent
     return None
 

@@ -27,7 +27,7 @@ from .cost import CostTable
 
 FORMAT, VERSION = "speckv-policy", "1"
 _LAYOUTS = {"survival": at.LAYOUT_SURVIVAL, "paper": at.LAYOUT_PAPER}
-_SHAPES = {
+SHAPES = {
     "feature_mean": (at.FEATURES,),
     "feature_scale": (at.FEATURES,),
     "hidden_weight": (at.HIDDEN, at.FEATURES),
@@ -104,7 +104,7 @@ class Mlp:
     records: Mapping[int, Record] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, shape in _SHAPES.items():
+        for name, shape in SHAPES.items():
             tensor = self.tensors.get(name)
             got = "nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
             if tensor is None or tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
@@ -125,7 +125,7 @@ class Mlp:
 
     def save(self, path: Path) -> None:
         """Write the policy file; an interrupted save leaves the old file or none."""
-        tensors = {name: self.tensors[name].contiguous() for name in _SHAPES}
+        tensors = {name: self.tensors[name].contiguous() for name in SHAPES}
         if self.records:
             tensors[_RECORD] = _pack_records(self.records)
         metadata = {

@@ -55,6 +55,8 @@ class Policy:
     expected_acceptance : float
         Mean acceptance rate of the MLP's training data, if they are those of another pair of
         models: a pair that accepts less has its predictions scaled down. 0: no scaling.
+    trained : bool
+        Whether it was trained on traces of the very pair that it decides for.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Policy:
     objective: int = at.OBJECTIVE_TOKENS
     candidates: tuple[int, ...] = ()
     expected_acceptance: float = 0.0
+    trained: bool = False
 
     @property
     def never_drafts(self) -> bool:

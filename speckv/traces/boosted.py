@@ -10,14 +10,22 @@ from importlib import import_module
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..errors import SpeckvError
-from ..kernels.layout import GAMMA_MAX
-from .decisions import Decisions
-from .packed import expected_tokens
+from ..kernels import layout as at
+from ..kernels.layout import GAMMA_MAX, WIDTH_MAX
+from ..policies import CostTable, Policy
+from ..policies.mlp import SHAPES, Mlp
+from ..policies.policy import mlp_policy
+from .decisions import Decisions, Explorer, decisions, join_decisions
+from .packed import PackedController, expected_tokens
+from .replay import Controller, replay, solve_rate
+from .schema import Trace
 
 _SETTINGS = {"learning_rate": 0.05, "max_leaf_nodes": 15, "min_samples_leaf": 100}
 _MOST_ROUNDS = 300
+_VALIDATION_SHARE = 0.25
 
 
 class Boosted:
@@ -58,6 +66,45 @@ class Boosted:
     def tokens(self, features: np.ndarray) -> np.ndarray:
         """`expected_tokens` of those."""
         return expected_tokens(self.survival(features))
+
+
+def boosted_controller(train: Trace, compression: str, cost: CostTable) -> Controller:
+    """The policy of boosted models on the answers of one compression.
+
+    Examples are gathered twice, under γ drawn at random and under the models fitted on that. λ is
+    solved on the same answers.
+
+    Raises
+    ------
+    SpeckvError
+        scikit-learn is not installed.
+    """
+    zeros = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+    blank = mlp_policy("boosted", Mlp(at.LAYOUT_SURVIVAL, tuple(range(1, WIDTH_MAX)), zeros))
+    prompts = sorted({answer.prompt_id for answer in train.answers})
+    held = set(prompts[:: round(1 / _VALIDATION_SHARE)])
+    parts = [
+        train.where(lambda a, inside=inside: (a.prompt_id in held) == inside)  # type: ignore[misc]
+        for inside in (False, True)
+    ]
+    seen = [decisions(part, replay(part, Explorer(0), cost)) for part in parts]
+    explored = _solved(Boosted(*seen), blank, train, compression, cost)
+    seen = [
+        join_decisions([known, decisions(part, replay(part, explored, cost), ahead=2)])
+        for known, part in zip(seen, parts, strict=True)
+    ]
+    return _solved(Boosted(*seen), blank, train, compression, cost)
+
+
+def _solved(
+    models: Boosted, blank: Policy, train: Trace, compression: str, cost: CostTable
+) -> Controller:
+    """The controller of some models with its λ."""
+
+    def build(rate: float) -> Controller:
+        return PackedController(blank.pack(compression, cost, rate=rate), models.tokens)
+
+    return build(solve_rate(build, train, cost, tolerance=5e-3)[0])
 
 
 def _fit(kind: Any, train: Decisions, validation: Decisions, k: int) -> Any:

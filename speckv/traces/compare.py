@@ -17,7 +17,17 @@ import numpy as np
 from ..policies import CostTable
 from .replay import Oracle, Replayed, replay
 from .schema import Trace
-from .tuning import DEFAULT, ORACLE, STATIC, Settings, check_policy, tune
+from .tuning import (
+    DEFAULT,
+    FAMILIES,
+    ORACLE,
+    OTHERS,
+    STATIC,
+    Settings,
+    check_policy,
+    resolve,
+    tune,
+)
 
 _PLAIN = "fixed:0"
 _RESAMPLES = 4000
@@ -117,10 +127,29 @@ def compare(
         if compression not in costs:
             raise ValueError(f"costs: expected a table for {compression}, got none")
     training = split_prompts(trace, train_share, seed)
+    for name in policies:
+        _refuse_known(name, trace, training)
     return [
         _cell(trace, training, compression, temperature, costs[compression], policies, advance)
         for compression, temperature in cells
     ]
+
+
+def _refuse_known(name: str, trace: Trace, training: frozenset[int]) -> None:
+    """Refuse a policy that was trained on prompts which it would be judged on."""
+    if name in FAMILIES or name in OTHERS:
+        return
+    mlp = resolve(name, trace).mlp
+    card = {} if mlp is None else mlp.card
+    if card.get("prompts_sha256") != trace.info.recipe.get("prompts_sha256"):
+        return
+    known = {prompt for part in card.get("prompts", {}).values() for prompt in part}
+    judged = known - training
+    if judged:
+        raise ValueError(
+            f"policy {name!r}: it was trained on {len(judged)} of the prompts that it would be "
+            f"judged on; split them as its training did, {card['split']}"
+        )
 
 
 def to_dict(

@@ -17,7 +17,7 @@ from ..kernels import layout as at
 from ..kernels.layout import GAMMA_MAX
 from ..policies.policy import COMPRESSION_INDEX, EMA_WEIGHT
 from .replay import Replayed
-from .schema import Trace
+from .schema import Answer, Trace
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,38 @@ class Decisions:
     def take(self, index: np.ndarray) -> Decisions:
         """The examples at ``index``, or where it is true."""
         return Decisions(**{name: values[index] for name, values in vars(self).items()})
+
+
+class Explorer:
+    """A controller that draws γ anew for each step: geometric, from 1 on.
+
+    Parameters
+    ----------
+    seed : int
+    mean : float
+        Of γ, if 15 did not end it.
+    """
+
+    def __init__(self, seed: int, mean: float = 3.0) -> None:
+        self._seed, self._stop = seed, 1 / mean
+
+    def start(self, answers: Sequence[Answer]) -> None:
+        """See `Controller`."""
+        self._random = np.random.default_rng(self._seed)
+
+    def begins(self, lanes: np.ndarray, length: np.ndarray) -> np.ndarray:
+        """See `Controller`."""
+        return np.ones(len(lanes), dtype=bool)
+
+    def goes_on(
+        self, lanes: np.ndarray, length: np.ndarray, drafted: int, signals: np.ndarray
+    ) -> np.ndarray:
+        """See `Controller`."""
+        more: np.ndarray = self._random.random(len(lanes)) > self._stop
+        return more
+
+    def learns(self, lanes: np.ndarray, gamma: np.ndarray, accepted: np.ndarray) -> None:
+        """It learns nothing."""
 
 
 def join_decisions(parts: Sequence[Decisions]) -> Decisions:

@@ -22,6 +22,7 @@ from torch import Tensor
 from .._version import __version__
 from ..decoding.calibrate import calibrated
 from ..decoding.lookup import parse_draft
+from ..decoding.trained import identify
 from ..errors import TraceError
 from ..kernels.checks import dtype_name
 from ..machine import device_name
@@ -165,17 +166,8 @@ def _info(pair: _Pair, prompts: Sequence[Prompt], recipe: ProfileRecipe) -> Trac
     target, draft = pair.target, pair.draft
     texts = json.dumps([(prompt.task, prompt.text) for prompt in prompts])
     return TraceInfo(
-        target={
-            "name": target.name,
-            "fingerprint": getattr(target, "fingerprint", None),
-            "vocab_size": target.vocab_size,
-            "dtype": {},
-        },
-        draft={
-            "name": draft.name,
-            "fingerprint": getattr(draft, "fingerprint", None),
-            "vocab_size": draft.vocab_size,
-        },
+        target=identify(target) | {"dtype": {}},
+        draft=identify(draft),
         device=device_name(target.device),
         versions={
             "speckv": __version__,

@@ -11,7 +11,7 @@ step. With the policies of `speckv.policies` the steps are those of the live loo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -135,6 +135,38 @@ def replay(trace: Trace, controller: Controller, cost: CostTable) -> Replayed:
     histogram = np.zeros((len(answers), WIDTH_MAX), dtype=np.int64)
     np.add.at(histogram, (lane, gamma), 1)
     return Replayed(end - 1, histogram.sum(axis=1), ms, histogram, lane, gamma, accepted)
+
+
+def solve_rate(
+    build: Callable[[float], Controller],
+    trace: Trace,
+    cost: CostTable,
+    *,
+    tolerance: float = 1e-3,
+    rounds: int = 12,
+) -> tuple[float, Replayed]:
+    """λ of the rate objective, a fixed point: the rate that a policy reaches with it.
+
+    Parameters
+    ----------
+    build : callable
+        The controller with a λ, in tokens per millisecond.
+
+    Returns
+    -------
+    float
+        λ, from that of plain decoding on, within a relative ``tolerance`` of what it reaches.
+    Replayed
+        What the controller does with it.
+    """
+    rate = 1.0 / cost.step_ms[0]
+    for _ in range(rounds):
+        found = replay(trace, build(rate), cost)
+        reached = found.tokens_per_second / 1e3
+        if not np.isfinite(reached) or abs(reached - rate) <= tolerance * rate:
+            break
+        rate = reached
+    return rate, found
 
 
 def _draft(

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
 
+from ..decoding.trained import trained_policy
 from ..kernels import layout as at
 from ..kernels.layout import GAMMA_MAX
-from ..policies import CostTable, parse_policy
+from ..policies import CostTable, Policy, parse_policy
 from .baselines import AdaEdl, Heuristic, OnlineLogistic, Prior, Static, Threshold
+from .boosted import boosted_controller
 from .packed import PackedController
 from .replay import Controller, replay
 from .schema import Trace
@@ -86,6 +88,8 @@ FAMILIES: Mapping[str, Family] = {
 """Policies whose settings are searched for, by name."""
 
 STATIC, BY_TASK, ORACLE = "static", "static-by-task", "oracle"
+BOOSTED = "boosted"
+"""The information ceiling; it takes a minute or two, and is not replayed unless asked for."""
 DEFAULT = (
     *(f"fixed:{gamma}" for gamma in _GAMMAS),
     STATIC,
@@ -96,6 +100,8 @@ DEFAULT = (
     ORACLE,
 )
 """Policies of a comparison, unless others are asked for."""
+
+OTHERS = (BY_TASK, ORACLE, BOOSTED)
 
 
 @dataclass(frozen=True)
@@ -126,13 +132,21 @@ def check_policy(name: str) -> None:
     PolicyError
         A policy file that cannot be used.
     """
-    if name in FAMILIES or name in (BY_TASK, ORACLE):
+    if name in FAMILIES or name in OTHERS:
         return
     try:
         parse_policy(name)
     except ValueError as error:
-        known = ", ".join((*FAMILIES, BY_TASK, ORACLE))
+        known = ", ".join((*FAMILIES, *OTHERS))
         raise type(error)(f"{error}; or one of {known}") from None
+
+
+def resolve(name: str, trace: Trace) -> Policy:
+    """The policy of that name for the pair of a trace: ``speckv`` is the one trained for it."""
+    policy = parse_policy(name)
+    if policy.name == "speckv":
+        policy = trained_policy(trace.info.target, trace.info.draft) or policy
+    return policy
 
 
 def tune(name: str, train: Trace, compression: str, cost: CostTable) -> Tuned:
@@ -147,9 +161,12 @@ def tune(name: str, train: Trace, compression: str, cost: CostTable) -> Tuned:
     """
     if name == BY_TASK:
         return _tuned_by_task(train, cost)
+    if name == BOOSTED:
+        return Tuned(boosted_controller(train, compression, cost), {}, {})
     family = FAMILIES.get(name)
     if family is None:
-        return Tuned(PackedController(parse_policy(name).pack(compression, cost)), {}, {})
+        policy = resolve(name, train)
+        return Tuned(PackedController(policy.pack(compression, cost)), {}, {})
     settings = _best(family, train, cost)
     controller = family.build(settings, train, cost)
     if isinstance(controller, OnlineLogistic):

@@ -10,24 +10,27 @@ validation prompts is kept.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..decoding.trained import pair_key
 from ..kernels import layout as at
 from ..kernels.layout import GAMMA_MAX, WIDTH_MAX
 from ..policies import CostTable, Policy
 from ..policies.mlp import Mlp, Record
 from ..policies.policy import COMPRESSION_INDEX, mlp_policy
 from ..traces.baselines import Static
-from ..traces.decisions import Decisions, decisions, join_decisions
+from ..traces.compare import split_prompts
+from ..traces.decisions import Decisions, Explorer, decisions, join_decisions
 from ..traces.packed import PackedController
-from ..traces.replay import Controller, Replayed, replay
-from ..traces.schema import Answer, Trace
+from ..traces.replay import Controller, Replayed, replay, solve_rate
+from ..traces.schema import Trace
 
 _AHEAD = 2
 """Decisions learned from beyond those that a policy took, in each step."""
@@ -138,6 +141,48 @@ def cells_of(trace: Trace, costs: Mapping[str, CostTable]) -> list[Cell]:
         own = trace.where(lambda a, key=key: (a.compression, a.temperature) == key)  # type: ignore[misc]
         found.append(Cell(*key, own, costs[key[0]]))
     return found
+
+
+def train_policy(
+    trace: Trace,
+    costs: Mapping[str, CostTable],
+    recipe: GammaRecipe,
+    report: Reporter,
+    *,
+    train_share: float = 0.5,
+    seed: int = 0,
+) -> Trained:
+    """The γ-MLP of the pair of a trace, trained on some of its prompts.
+
+    Parameters
+    ----------
+    costs : mapping of str to CostTable
+        By compression.
+    train_share, seed : float, int
+        As for `speckv.traces.compare.compare`, which judges on the other prompts.
+
+    Raises
+    ------
+    ValueError
+        No costs for a compression, or too few prompts.
+    """
+    prompts = split_prompts(trace, train_share, seed)
+    found = train_gamma(cells_of(trace, costs), prompts, recipe, report)
+    info = trace.info
+    card = {
+        **found.mlp.card,
+        "pair": pair_key(info.target, info.draft),
+        "target": info.target["name"],
+        "draft": info.draft["name"],
+        "device": info.device,
+        "versions": dict(info.versions),
+        "prompts_sha256": info.recipe.get("prompts_sha256"),
+        "split": {"train_share": train_share, "seed": seed},
+        "positions": len(trace.rows),
+        "costs": {name: asdict(cost) for name, cost in costs.items()},
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+    return replace(found, mlp=replace(found.mlp, card=card))
 
 
 def train_gamma(
@@ -251,27 +296,13 @@ def fit(train: Decisions, validation: Decisions, recipe: GammaRecipe, seed: int)
     return Mlp(at.LAYOUT_SURVIVAL, tuple(range(1, GAMMA_MAX + 1)), tensors)
 
 
-def solve_rate(
-    policy: Policy, cell: Cell, tolerance: float = 1e-3, rounds: int = 12
-) -> tuple[float, Replayed]:
-    """λ of a policy on a trace: the rate, tokens per millisecond, that it reaches with that λ.
+def reach(policy: Policy, cell: Cell) -> tuple[float, Replayed]:
+    """`solve_rate` of a policy of the rate objective."""
 
-    Returns
-    -------
-    float
-        λ.
-    Replayed
-        Of the policy with it.
-    """
-    rate = 1.0 / cell.cost.step_ms[0]
-    for _ in range(rounds):
-        packed = policy.pack(cell.compression, cell.cost, rate=rate)
-        found = replay(cell.trace, PackedController(packed), cell.cost)
-        reached = found.tokens_per_second / 1e3
-        if abs(reached - rate) <= tolerance * rate:
-            break
-        rate = reached
-    return rate, found
+    def build(rate: float) -> Controller:
+        return PackedController(policy.pack(cell.compression, cell.cost, rate=rate))
+
+    return solve_rate(build, cell.trace, cell.cost)
 
 
 def best_static(cell: Cell) -> int:
@@ -315,31 +346,6 @@ def survival(mlp: Mlp, features: np.ndarray) -> np.ndarray:
     return found
 
 
-class _Explorer:
-    """γ drawn anew for each step: geometric, as few as one and as many as fifteen."""
-
-    def __init__(self, seed: int, mean: float = 3.0) -> None:
-        self._seed, self._stop = seed, 1 / mean
-
-    def start(self, answers: Sequence[Answer]) -> None:
-        """See `Controller`."""
-        self._random = np.random.default_rng(self._seed)
-
-    def begins(self, lanes: np.ndarray, length: np.ndarray) -> np.ndarray:
-        """See `Controller`."""
-        return np.ones(len(lanes), dtype=bool)
-
-    def goes_on(
-        self, lanes: np.ndarray, length: np.ndarray, drafted: int, signals: np.ndarray
-    ) -> np.ndarray:
-        """See `Controller`."""
-        more: np.ndarray = self._random.random(len(lanes)) > self._stop
-        return more
-
-    def learns(self, lanes: np.ndarray, gamma: np.ndarray, accepted: np.ndarray) -> None:
-        """It learns nothing."""
-
-
 def _split(prompts: frozenset[int], recipe: GammaRecipe) -> tuple[frozenset[int], frozenset[int]]:
     shuffled = np.random.default_rng(recipe.seeds[0]).permutation(sorted(prompts)).tolist()
     count = round(recipe.validation_share * len(shuffled))
@@ -347,18 +353,17 @@ def _split(prompts: frozenset[int], recipe: GammaRecipe) -> tuple[frozenset[int]
 
 
 def _explored(cells: Sequence[Cell]) -> Decisions:
-    explorers: list[Controller] = [_Explorer(seed) for seed in range(len(cells))]
     return join_decisions(
         [
-            decisions(cell.trace, replay(cell.trace, explorer, cell.cost))
-            for cell, explorer in zip(cells, explorers, strict=True)
+            decisions(cell.trace, replay(cell.trace, Explorer(seed), cell.cost))
+            for seed, cell in enumerate(cells)
         ]
     )
 
 
 def _under(mlp: Mlp, cells: Sequence[Cell]) -> list[Decisions]:
     policy = mlp_policy("trained", mlp)
-    return [decisions(c.trace, solve_rate(policy, c)[1], ahead=_AHEAD) for c in cells]
+    return [decisions(c.trace, reach(policy, c)[1], ahead=_AHEAD) for c in cells]
 
 
 def _gains(
@@ -368,7 +373,7 @@ def _gains(
     policy = mlp_policy("trained", mlp)
     gains = []
     for cell, other, gamma in zip(train, held, static, strict=True):
-        packed = policy.pack(cell.compression, cell.cost, rate=solve_rate(policy, cell)[0])
+        packed = policy.pack(cell.compression, cell.cost, rate=reach(policy, cell)[0])
         own = replay(other.trace, PackedController(packed), other.cost)
         base = replay(other.trace, Static({}, gamma), other.cost)
         gains.append(own.tokens_per_second / base.tokens_per_second)
@@ -388,7 +393,7 @@ def _records(mlp: Mlp, cells: Sequence[Cell]) -> dict[int, Record]:
         places = np.concatenate([np.arange(n) for n in trace.lengths])
         prompts = np.array([len(a.prompt_tokens) for a in trace.answers])
         context = (places + np.repeat(prompts, trace.lengths)).mean()
-        own = solve_rate(policy, cell)[1]
+        own = reach(policy, cell)[1]
         curve = tuple(float((accepted >= k).mean()) for k in range(1, WIDTH_MAX))
         record = Record(curve, float(context), 1.0)
         gain = own.tokens_per_second / 1e3 / record.rate(cell.cost)
@@ -420,15 +425,3 @@ def _logits(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     hidden_weight, hidden_bias, output_weight, output_bias = parameters
     hidden = (x @ hidden_weight.T + hidden_bias).relu()
     return (hidden @ output_weight.T + output_bias)[:, :GAMMA_MAX]
-
-
-def card_of(trace: Trace) -> dict[str, Any]:
-    """What a policy's card says of its data."""
-    info = trace.info
-    return {
-        "target": dict(info.target),
-        "draft": dict(info.draft),
-        "device": info.device,
-        "versions": dict(info.versions),
-        "positions": len(trace.rows),
-    }

@@ -313,8 +313,8 @@ def test_a_shipped_draft_is_found_by_its_target(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "_SHIPPED", saved.parent)
-    assert shipped_draft(target) == saved
-    assert shipped_draft(decoder(NAME, "int8")) == saved
-    assert shipped_draft(decoder("llama-linear")) is None
+    assert shipped_draft(target.fingerprint) == saved
+    assert shipped_draft(decoder(NAME, "int8").fingerprint) == saved
+    assert shipped_draft(decoder("llama-linear").fingerprint) is None
     monkeypatch.setattr(module, "_SHIPPED", saved.parent / "nowhere")
-    assert shipped_draft(target) is None
+    assert shipped_draft(target.fingerprint) is None

@@ -23,7 +23,7 @@ from speckv.training.gamma import (
     best_static,
     cells_of,
     fit,
-    solve_rate,
+    reach,
     survival,
     train_gamma,
 )
@@ -114,7 +114,7 @@ def test_the_file_keeps_everything(trained: Trained, tmp_path: Path) -> None:
 def test_the_record_gives_the_rate_that_was_reached(trained: Trained, cells: list[Cell]) -> None:
     policy = mlp_policy("trained", trained.mlp)
     cell = cells[0].where(TRAINING)
-    rate, reached = solve_rate(policy, cell)
+    rate, reached = reach(policy, cell)
     assert reached.tokens_per_second / 1e3 == pytest.approx(rate, rel=2e-3)
     packed = policy.pack(cell.compression, cell.cost)
     assert float(packed[at.RATE]) == pytest.approx(rate, rel=5e-3)
