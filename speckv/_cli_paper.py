@@ -35,12 +35,13 @@ def run_paper(
     OSError
         A file cannot be written.
     """
+    from .figures import require_matplotlib
     from .paper import plots as plotting
     from .paper.analysis import analyse
     from .paper.data import load
 
     if plots is not None:
-        plotting.require_matplotlib()
+        require_matplotlib()
     released = load(folder.expanduser())
     with progress.status("") as status:
         analysis = analyse(released, stage=lambda name: status.update(name))

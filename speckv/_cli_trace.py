@@ -1,4 +1,4 @@
-"""Commands on a pair's exact trace: ``speckv profile``, ``replay``, ``train`` and ``calibrate``."""
+"""``speckv profile``, ``replay``, ``train``, ``report`` and ``calibrate``: traces and costs."""
 
 from __future__ import annotations
 
@@ -23,6 +23,15 @@ Costs = Annotated[
         " [default: the costs in the trace]",
     ),
 ]
+Policies = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B,...",
+        help="Policies, separated by commas: those of --policy elsewhere, static, static-by-task,"
+        " hf-confidence, hf-heuristic, adaedl, svip, confidence, online-logistic, oracle, boosted."
+        " [default: all but the last, which takes minutes]",
+    ),
+]
 TrainShare = Annotated[
     float, typer.Option(help="Share of the prompts to tune or train on; the others judge.")
 ]
@@ -35,6 +44,7 @@ def register(app: typer.Typer) -> None:
     app.command()(replay)
     app.command()(train)
     app.command()(calibrate)
+    app.command()(report)
 
 
 def profile(
@@ -97,15 +107,7 @@ def profile(
 
 def replay(
     trace: Trace,
-    policies: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A,B,...",
-            help="Policies, separated by commas: those of --policy elsewhere, static,"
-            " static-by-task, hf-confidence, hf-heuristic, adaedl, svip, confidence,"
-            " online-logistic, oracle, boosted. [default: all but the last, which takes minutes]",
-        ),
-    ] = None,
+    policies: Policies = None,
     costs: Costs = None,
     train_share: TrainShare = 0.5,
     seed: SplitSeed = 0,
@@ -134,11 +136,8 @@ def replay(
     from .traces.compare import compare, to_dict
     from .traces.schema import read_trace
     from .traces.steps import write_steps
-    from .traces.tuning import DEFAULT, check_policy
 
-    names = DEFAULT if policies is None else tuple(dict.fromkeys(policies.split(",")))
-    for name in names:
-        check_policy(name)
+    names = _policies(policies)
     found = read_trace(trace)
     tables = found.info.costs if costs is None else read_costs(costs)
     cells = {(a.compression, a.temperature) for a in found.answers}
@@ -245,6 +244,55 @@ def calibrate(
     show_costs(Console(highlight=False), model.compression, table)
     if json is not None:
         write_costs(json.expanduser(), {model.compression: table})
+
+
+def report(
+    trace: Trace,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where to write. [default: TRACE with .report added]"),
+    ] = None,
+    policies: Policies = None,
+    costs: Costs = None,
+    train_share: TrainShare = 0.5,
+    seed: SplitSeed = 0,
+) -> None:
+    """Replay policies on a trace and write what came of it: report.html, plots, report.json."""
+    from ._cli_output import progress_bar, stderr_console, to_json
+    from ._cli_replay import read_costs
+    from .figures import require_matplotlib
+    from .files import write_atomically
+    from .traces.compare import compare, split_prompts, to_dict
+    from .traces.report import Study, write_report
+    from .traces.schema import read_trace
+
+    require_matplotlib()
+    names = _policies(policies)
+    found = read_trace(trace)
+    tables = found.info.costs if costs is None else read_costs(costs)
+    folder = (out or trace.with_name(f"{trace.name}.report")).expanduser()
+    cells = {(a.compression, a.temperature) for a in found.answers}
+    console = stderr_console()
+    with progress_bar(console, "replaying", len(cells) * len(names)) as advance:
+        compared = compare(
+            found, tables, names, train_share=train_share, seed=seed, advance=lambda: advance(1)
+        )
+    study = Study(found, tables, compared, split_prompts(found, train_share, seed))
+    path = write_report(study, folder)
+    document = to_dict(found, tables, compared, train_share=train_share, seed=seed)
+    text = to_json(document, indent=1) + "\n"
+    write_atomically(folder / "report.json", lambda p: p.write_text(text, encoding="utf-8"))
+    console.print(f"wrote {path}", markup=False)
+
+
+def _policies(text: str | None) -> tuple[str, ...]:
+    """Names from the command line, checked."""
+    from .traces.tuning import DEFAULT, check_policy
+
+    names = DEFAULT if text is None else tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        check_policy(name)
+    return names
 
 
 def _of_compressions(found: _Trace, names: list[str]) -> _Trace:

@@ -3,68 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import SpeckvError
-from ..files import write_atomically
+from .. import figures
 from .analysis import Analysis
 from .data import GAMMAS, SIGNALS
 
-_DOTS_PER_INCH = 150
 _BINS = 10
 _COLOURS = {"fp16": "#1b6ca8", "int8": "#c8553d", "nf4": "#3c8d5a"}
 
 
-def require_matplotlib() -> None:
-    """Find out early whether plots can be drawn.
-
-    Raises
-    ------
-    SpeckvError
-        matplotlib is not installed.
-    """
-    try:
-        import_module("matplotlib.figure")
-    except ImportError:
-        raise SpeckvError("plots need matplotlib: pip install 'speckv[report]'") from None
-
-
 def draw(analysis: Analysis, folder: Path) -> list[Path]:
-    """Write every plot into ``folder``, which is made if need be.
-
-    Returns
-    -------
-    list of Path
-        The files, in the order of `PLOTS`.
-
-    Raises
-    ------
-    SpeckvError
-        matplotlib is not installed.
-    OSError
-        The folder cannot be made or written to.
-    """
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    written = []
-    for name, plot in PLOTS.items():
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.add_subplot()
-        plot(analysis, axes)
-        axes.grid(alpha=0.3)
-        path = folder / f"{name}.png"
-
-        def save(temporary: Path, figure: Figure = figure) -> None:
-            figure.savefig(temporary, format="png", dpi=_DOTS_PER_INCH)
-
-        write_atomically(path, save)
-        written.append(path)
-    return written
+    """Write every plot of `PLOTS` into ``folder``; see `speckv.figures.draw`."""
+    return figures.draw(PLOTS, analysis, folder)
 
 
 def _tokens_per_second(analysis: Analysis, axes: Any) -> None:

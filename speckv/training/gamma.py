@@ -26,6 +26,7 @@ from ..policies import CostTable, Policy
 from ..policies.mlp import Mlp, Record
 from ..policies.policy import COMPRESSION_INDEX, mlp_policy
 from ..traces.baselines import Static
+from ..traces.calibration import calibration, log_loss, survival_logits
 from ..traces.compare import split_prompts
 from ..traces.decisions import Decisions, Explorer, decisions, join_decisions
 from ..traces.packed import PackedController
@@ -35,7 +36,6 @@ from ..traces.schema import Trace
 _AHEAD = 2
 """Decisions learned from beyond those that a policy took, in each step."""
 
-_BINS = 10
 _likelihood = torch.nn.functional.binary_cross_entropy_with_logits
 
 
@@ -243,7 +243,7 @@ def train_gamma(
         "examples": len(seen),
         "prompts": {"fitted": sorted(fitting), "validated": sorted(validation)},
         "validation": {
-            "log_loss": _log_loss(mlp, checked),
+            "log_loss": log_loss(mlp, checked),
             "over_static": over,
             "calibration": calibration(mlp, checked),
         },
@@ -278,12 +278,12 @@ def fit(train: Decisions, validation: Decisions, recipe: GammaRecipe, seed: int)
     for _ in range(recipe.epochs):
         for index in torch.randperm(len(x), generator=generator).split(recipe.batch):
             optimizer.zero_grad()
-            loss = _likelihood(_logits(x[index], parameters), y[index], weight=w[index])
+            loss = _likelihood(survival_logits(x[index], parameters), y[index], weight=w[index])
             loss.backward()
             optimizer.step()
             schedule.step()
         with torch.no_grad():
-            found = float(_likelihood(_logits(held_x, parameters), held_y, weight=held_w))
+            found = float(_likelihood(survival_logits(held_x, parameters), held_y, weight=held_w))
         if found < best:
             best, kept, waited = found, [p.detach().clone() for p in parameters], 0
         else:
@@ -311,39 +311,6 @@ def best_static(cell: Cell) -> int:
         replay(cell.trace, Static({}, gamma), cell.cost).ms.sum() for gamma in range(WIDTH_MAX)
     ]
     return int(np.argmin(times))
-
-
-def calibration(mlp: Mlp, examples: Decisions) -> list[dict[str, float]]:
-    """Predicted and actual acceptance of the next draft token, in bins of equal counts.
-
-    Returns
-    -------
-    list of dict
-        ``predicted``, ``actual`` (means) and ``count``.
-    """
-    drafted = examples.features[:, at.FEATURE_DRAFTED].astype(np.int64)
-    asked = np.flatnonzero(drafted < GAMMA_MAX)
-    asked = asked[examples.known[asked, drafted[asked]]]
-    predicted = survival(mlp, examples.features[asked])[np.arange(len(asked)), drafted[asked]]
-    actual = examples.survived[asked, drafted[asked]]
-    return [
-        {
-            "predicted": float(predicted[part].mean()),
-            "actual": float(actual[part].mean()),
-            "count": len(part),
-        }
-        for part in np.array_split(np.argsort(predicted, kind="stable"), _BINS)
-        if len(part)
-    ]
-
-
-def survival(mlp: Mlp, features: np.ndarray) -> np.ndarray:
-    """P(accepted >= k), k = 1..15, by an MLP of that layout: float32 [N, GAMMA_MAX]."""
-    x = (torch.from_numpy(features) - mlp.tensors["feature_mean"]) * mlp.tensors["feature_scale"]
-    names = ("hidden_weight", "hidden_bias", "output_weight", "output_bias")
-    logits = _logits(x, [mlp.tensors[name] for name in names])
-    found: np.ndarray = torch.sigmoid(logits).numpy()
-    return found
 
 
 def _split(prompts: frozenset[int], recipe: GammaRecipe) -> tuple[frozenset[int], frozenset[int]]:
@@ -401,13 +368,6 @@ def _records(mlp: Mlp, cells: Sequence[Cell]) -> dict[int, Record]:
     return records
 
 
-def _log_loss(mlp: Mlp, examples: Decisions) -> float:
-    """Bits per known outcome."""
-    p = np.clip(survival(mlp, examples.features), 1e-7, 1 - 1e-7)
-    surprise = -np.log2(np.where(examples.survived, p, 1 - p))
-    return float(surprise[examples.known].mean())
-
-
 def _tensors(examples: Decisions) -> tuple[Tensor, Tensor, Tensor]:
     return (
         torch.from_numpy(examples.features),
@@ -419,9 +379,3 @@ def _tensors(examples: Decisions) -> tuple[Tensor, Tensor, Tensor]:
 def _reciprocal(deviation: Tensor) -> Tensor:
     """1 / deviation; 1 for an input that does not vary."""
     return torch.where(deviation > 1e-6, 1 / deviation.clamp(min=1e-6), 1.0)
-
-
-def _logits(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    hidden_weight, hidden_bias, output_weight, output_bias = parameters
-    hidden = (x @ hidden_weight.T + hidden_bias).relu()
-    return (hidden @ output_weight.T + output_bias)[:, :GAMMA_MAX]

@@ -13,6 +13,7 @@ from speckv.policies import CostTable
 from speckv.policies.mlp import Mlp
 from speckv.policies.policy import mlp_policy
 from speckv.traces.baselines import Static
+from speckv.traces.calibration import survival
 from speckv.traces.packed import PackedController
 from speckv.traces.replay import replay
 from speckv.traces.schema import Trace
@@ -24,7 +25,6 @@ from speckv.training.gamma import (
     cells_of,
     fit,
     reach,
-    survival,
     train_gamma,
 )
 from speckv.training.gamma import _explored as explored
