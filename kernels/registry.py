@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,12 @@ class CompiledResources:
         """The disassembly, one instruction a line."""
         return _cuobjdump("-sass", self.cubin)
 
+    @cached_property
+    def instructions(self) -> int:
+        """Instructions of the disassembly, padding left out."""
+        found = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.+?);", self.sass, re.MULTILINE)
+        return sum(not line.startswith("NOP") for line in found)
+
 
 def all_specs() -> tuple[KernelSpec, ...]:
     """Every kernel of the package, in the order of `MODULES`.
@@ -200,15 +206,29 @@ def compile_variant(spec: KernelSpec, variant: Variant, arch: str) -> CompiledRe
     )
 
 
-def _cuobjdump(option: str, cubin: bytes) -> str:
-    """Output of the ``cuobjdump`` that ships inside triton."""
+@cache
+def toolchain() -> str:
+    """What compiles: ``"triton <version>, ptxas <version>"``, of the assembler that it carries."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    done = subprocess.run([_tool("ptxas"), "--version"], capture_output=True, text=True, check=True)
+    found = re.search(r"\bV(\d+(?:\.\d+)+)", done.stdout)
+    return f"triton {triton.__version__}, ptxas {found[1] if found else 'unknown'}"
+
+
+def _tool(name: str) -> Path:
+    """A program that ships inside triton."""
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    """Output of ``cuobjdump``."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
         Path(path).write_bytes(cubin)
-        done = subprocess.run([tool, option, path], capture_output=True, text=True)
+        done = subprocess.run([_tool("cuobjdump"), option, path], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"cuobjdump {option} failed: {done.stderr.strip()}")
     return done.stdout
