@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in parts of under nine minutes, results written row by row.
 
     python -m bench.gpu --out DIR                 # all parts
-    python -m bench.gpu --out DIR --part draft    # tests | draft | verify | linear | e2e
+    python -m bench.gpu --out DIR --part draft    # tests | draft | verify | linear | forward | e2e
     python -m bench.gpu --out DIR --merge FILE    # the parts as one JSON document
     python -m bench.gpu --out DIR --dry-run       # on the CPU, tiny shapes: does it run at all?
 
@@ -25,6 +25,7 @@ from bench.environment import ROOT, write_json
 from bench.kernel_rows import draft_rows, verify_rows
 from bench.lab import COST, Lab, Row, quantiles
 from bench.linear_rows import linear_rows
+from bench.roofline import forward_rows
 from bench.sides import DTYPES
 from speckv.policies import parse_policy
 
@@ -49,8 +50,8 @@ def tests_part(lab: Lab) -> Iterator[Row]:
 def e2e_part(lab: Lab) -> Iterator[Row]:
     """Tokens per second of the eager loop on a Llama-shaped pair with random weights.
 
-    In fp32 other tokens than plain decoding's are a failure. In bf16 they are reported: PyTorch's
-    products on CUDA round by how many rows they have.
+    Other tokens than plain decoding's are a failure in bf16, whose products do not depend on how
+    many rows they have. In fp32 they are PyTorch's, which may round by that, and are reported.
     """
     model = _random_llama(lab)
     for dtype in DTYPES:
@@ -108,6 +109,7 @@ PARTS: dict[str, Callable[[Lab], Iterator[Row]]] = {
     "draft": draft_rows,
     "verify": verify_rows,
     "linear": linear_rows,
+    "forward": forward_rows,
     "e2e": e2e_part,
 }
 
@@ -163,7 +165,7 @@ def _has(out: Path, part: str) -> bool:
 
 def failed(row: Row) -> bool:
     """Whether a row's test failed or its gate is red."""
-    differs = row.get("identical_to_plain") is False and row["dtype"] == "fp32"
+    differs = row.get("identical_to_plain") is False and row["dtype"] == "bf16"
     return bool(row.get("exit_code")) or row.get("matches_reference") is False or differs
 
 

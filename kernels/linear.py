@@ -35,6 +35,8 @@ def linear_out(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     swiglu: bool = False,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
     table: Tensor | None = None,
 ) -> None:
     """Launch `linear` on arguments that `linear` would accept; nothing else.
@@ -44,7 +46,7 @@ def linear_out(
 
     Parameters
     ----------
-    x, weight, out, bias, residual, swiglu
+    x, weight, out, bias, residual, swiglu, norm, eps
         As in `linear`.
     config : Config
     scratch : Scratch
@@ -64,10 +66,12 @@ def linear_out(
     elif isinstance(weight, Nf4Weight):
         kind, codes, scale, nested = "nf4", weight.codes, weight.absmax, weight.nested
         x = x.view(torch.int32)
+        norm = None if norm is None else norm.view(torch.int32)
     tiles = triton.cdiv(columns, config.block_n)
     # The stride of a single row means nothing, and must not choose another compilation.
     _linear_kernel[(triton.cdiv(rows, TILE_ROWS), tiles, config.splits)](
         x,
+        norm,
         codes,
         scale,
         None if nested is None else nested.table,
@@ -85,7 +89,9 @@ def linear_out(
         rows,
         columns,
         depth,
+        eps,
         KIND=kind,
+        NORM=norm is not None,
         SWIGLU=swiglu,
         NESTED=nested is not None,
         STANDARD=table is None,
@@ -109,7 +115,7 @@ class Linear:
 
     Parameters
     ----------
-    weight, bias, swiglu
+    weight, bias, swiglu, norm, eps
         As in `linear`. The tensors are kept, and read at each call.
     dtype : torch.float16 | torch.bfloat16
         Of what will be passed to the calls, and of the results.
@@ -138,6 +144,8 @@ class Linear:
         dtype: torch.dtype,
         bias: Tensor | None = None,
         swiglu: bool = False,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
         rows_max: int = ROWS_MAX,
         scratch: Scratch | None = None,
     ) -> None:
@@ -147,8 +155,13 @@ class Linear:
             raise ValueError(f"weight: expected an even number of rows for SwiGLU, got {rows}")
         if bias is not None:
             check_tensor("bias", bias, dtype_name(dtype), (rows,), device)
+        if norm is not None:
+            check_tensor("norm", norm, dtype_name(dtype), (self.depth,), device, dense=True)
+        if not eps >= 0:
+            raise ValueError(f"eps: expected a number from 0 on, got {eps}")
         self.columns = rows // 2 if swiglu else rows
         self._weight, self._bias, self._swiglu = weight, bias, swiglu
+        self._norm, self._eps = norm, eps
         self.dtype, self.device = dtype, device
         self.scratch = None
         if device.type != "cpu":
@@ -174,6 +187,8 @@ class Linear:
                 bias=self._bias,
                 residual=residual,
                 swiglu=self._swiglu,
+                norm=self._norm,
+                eps=self._eps,
             )
         else:
             linear_out(
@@ -185,6 +200,8 @@ class Linear:
                 bias=self._bias,
                 residual=residual,
                 swiglu=self._swiglu,
+                norm=self._norm,
+                eps=self._eps,
                 table=self._table,
             )
 
@@ -196,9 +213,13 @@ def linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     swiglu: bool = False,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``x @ weight.T + bias``, optionally through SwiGLU, plus a residual; one launch.
+    """``x @ weight.T + bias``, optionally of normalised rows, through SwiGLU, plus a residual.
+
+    One launch.
 
     Sums are in fp32 and rounded once, at the end. On CPU tensors this is `reference_linear.linear`,
     elsewhere a kernel made for few rows: it is right for any number, and fast up to some 16 to 32.
@@ -219,6 +240,11 @@ def linear(
     swiglu : bool
         Whether the rows of ``weight`` are those of a gate and then as many of an up projection, of
         which the result is ``silu(gate) * up`` (Shazeer, 2020).
+    norm : Tensor [K], optional
+        The weight of an RMS norm that the rows of ``x`` go through first, of the type of ``x``.
+        Their products with it must be finite.
+    eps : float
+        Of the norm: what is added to the mean square.
     out : Tensor [M, columns], optional
         Overwritten. Unit stride in the columns; may be ``residual``, and nothing else that is read.
 
@@ -243,7 +269,9 @@ def linear(
     if x.dim() != 2:
         raise ValueError(f"x: expected [M, K], got {_describe(x)}")
     dtype = dtype_name(x.dtype)
-    product = Linear(weight, dtype=x.dtype, bias=bias, swiglu=swiglu, rows_max=x.shape[0])
+    product = Linear(
+        weight, dtype=x.dtype, bias=bias, swiglu=swiglu, norm=norm, eps=eps, rows_max=x.shape[0]
+    )
     check_tensor("x", x, dtype, (x.shape[0], product.depth), product.device)
     shape = (x.shape[0], product.columns)
     if isinstance(weight, Nf4Weight) and (x.data_ptr() % 4 or (x.shape[0] > 1 and x.stride(0) % 2)):
@@ -336,6 +364,7 @@ def _variant(
     swiglu: bool = False,
     bias: bool = False,
     residual: bool = False,
+    norm: bool = False,
     nested: bool = False,
     table: bool = False,
 ) -> Variant:
@@ -352,8 +381,10 @@ def _variant(
         "rows": "i32",
         "columns": "i32",
         "depth": "i32",
+        "eps": "fp32",
     }
     optional = {
+        "norm_ptr": ("*i32" if kind == "nf4" else f"*{dtype}", norm),
         "scale_ptr": ("*u8" if nested else "*fp32", kind != "dense"),
         "nested_code_ptr": ("*fp32", nested),
         "nested_absmax_ptr": ("*fp32", nested),
@@ -372,6 +403,7 @@ def _variant(
         constexprs={
             **{n: None for n, (_, given) in optional.items() if not given},
             "KIND": kind,
+            "NORM": norm,
             "SWIGLU": swiglu,
             "NESTED": nested,
             "STANDARD": not table,
@@ -384,7 +416,7 @@ def _variant(
             "STAGES": config.num_stages,
             "EMULATED": False,
         },
-        divisible=frozenset(signature) - {"rows", *unaligned},
+        divisible=frozenset(signature) - {"rows", "eps", *unaligned},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.maxnreg,
@@ -400,6 +432,8 @@ def _variants() -> tuple[Variant, ...]:
             _variant(f"fp16-{kind}-qkv", "fp16", kind, 3072, 2048, bias=True),
             _variant(f"bf16-{kind}-down", "bf16", kind, 2048, 8192, residual=True),
             _variant(f"bf16-{kind}-swiglu", "bf16", kind, 8192, 2048, swiglu=True),
+            _variant(f"bf16-{kind}-norm-qkv", "bf16", kind, 3072, 2048, norm=True),
+            _variant(f"bf16-{kind}-norm-swiglu", "bf16", kind, 8192, 2048, norm=True, swiglu=True),
         ]
     return (
         *variants,

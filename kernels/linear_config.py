@@ -102,9 +102,9 @@ class Scratch:
 
     @staticmethod
     def sizes(rows: int, columns: int, config: Config, *, swiglu: bool = False) -> dict[str, int]:
-        """Elements of each tensor for what `allocate` takes."""
+        """Elements of each tensor for what `allocate` takes; squares for a norm included."""
         tiles = _cdiv(rows, TILE_ROWS) * _cdiv(columns, config.block_n)
-        size = config.splits * (2 if swiglu else 1) * TILE_ROWS * config.block_n
+        size = config.splits * TILE_ROWS * ((2 if swiglu else 1) * config.block_n + 1)
         if config.splits == 1:
             tiles = 0
         return {"partials": tiles * size, "counters": tiles}

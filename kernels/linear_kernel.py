@@ -8,6 +8,10 @@ index order. Then, in fp32, with ``n`` a row of ``W`` and a single rounding at t
     y[n] = silu(y[n]) * y[n + columns]                         SWIGLU: gate rows, then up rows
     y[n] = y[n] + residual[n]
 
+A NORM takes the product of the RMS-normalised rows (Zhang and Sennrich, 2019): elements of ``x``
+are multiplied by the norm's weight, rounded to the type of ``x``, as they are read, their squares
+are summed on the way, and the sums are divided by ``sqrt(mean(x²) + eps)`` before the bias.
+
 nf4 (Dettmers et al., QLoRA, 2023) scales by blocks of 64 along K. The sum over a block is taken of
 the bare code values, rounded to the type of ``x``, and is then scaled by the block's ``absmax``:
 one multiplication a block and column instead of one a weight. A byte holds two weights, so each
@@ -61,8 +65,25 @@ def _load_weight(ptr, m_depth, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _weigh(x, norm, squares, EMULATED: tl.constexpr):
+    """``x`` times the norm's weight, rounded, and ``squares`` plus the sums of its squares."""
+    wide = x.to(tl.float32)
+    squares += tl.sum(wide * wide, axis=1)
+    return _round(wide * norm.to(tl.float32)[None, :], x.dtype, EMULATED), squares
+
+
+@triton.jit
+def _halves(pair, dtype: tl.constexpr):
+    """Even and odd elements of ``dtype`` from pairs of them in int32."""
+    even = pair.to(tl.int16).to(dtype, bitcast=True)
+    odd = (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return even, odd
+
+
+@triton.jit
 def _sum_dense(
     x_ptr,
+    norm_ptr,
     weight_ptr,
     up_ptr,
     stride_x,
@@ -71,6 +92,7 @@ def _sum_dense(
     depth,
     first,
     last,
+    NORM: tl.constexpr,
     SWIGLU: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -86,17 +108,21 @@ def _sum_dense(
     o_x = tl.arange(0, cut.TILE_ROWS) * stride_x
     acc = tl.zeros([cut.TILE_ROWS, BLOCK_N], tl.float32)
     acc_up = acc
+    squares = tl.zeros([cut.TILE_ROWS], tl.float32)
     for i_block in range(first, last):
         k = i_block * BLOCK_K
         m_depth = (k + o_k < depth)[None, :]
         x = _load_block(x_ptr + o_x[:, None] + (k + o_k)[None, :], m_rows[:, None], m_depth, EVEN)
+        if NORM:
+            norm = _load_weight(norm_ptr + k + o_k, k + o_k < depth, EVEN)
+            x, squares = _weigh(x, norm, squares, EMULATED)
         o_weight = o_w[:, None] + (k + o_k)[None, :]
         w = _load_weight(weight_ptr + o_weight, m_depth, EVEN)
         acc = _dot(x, w, acc, EMULATED)
         if SWIGLU:
             w = _load_weight(up_ptr + o_weight, m_depth, EVEN)
             acc_up = _dot(x, w, acc_up, EMULATED)
-    return acc, acc_up
+    return acc, acc_up, squares
 
 
 @triton.jit
@@ -150,6 +176,7 @@ def _sum_block(x_even, x_odd, codes, absmax, table_ptr, acc, STANDARD, EMULATED)
 @triton.jit
 def _sum_nf4(
     x_ptr,
+    norm_ptr,
     weight_ptr,
     up_ptr,
     scale_ptr,
@@ -166,6 +193,7 @@ def _sum_nf4(
     first,
     last,
     dtype: tl.constexpr,
+    NORM: tl.constexpr,
     NESTED: tl.constexpr,
     STANDARD: tl.constexpr,
     SWIGLU: tl.constexpr,
@@ -174,11 +202,15 @@ def _sum_nf4(
     STAGES: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """`_sum_dense` of packed nf4; ``x_ptr`` is of int32, ``o_n`` and ``o_up`` index weight rows."""
+    """`_sum_dense` of packed nf4; ``o_n`` and ``o_up`` index weight rows.
+
+    ``x_ptr`` and ``norm_ptr`` are of int32, a pair of elements each.
+    """
     o_pair = tl.arange(0, 32)
     o_x = tl.arange(0, cut.TILE_ROWS) * stride_x
     acc = tl.zeros([cut.TILE_ROWS, BLOCK_N], tl.float32)
     acc_up = acc
+    squares = tl.zeros([cut.TILE_ROWS], tl.float32)
     blocks = depth // 64
     o_w = o_row * (blocks * 32)
     offset = 0.0
@@ -190,8 +222,11 @@ def _sum_nf4(
             i_block = i_step * (BLOCK_K // 64) + i_sub
             o_k = i_block * 32 + o_pair
             pair = tl.load(x_ptr + o_x[:, None] + o_k[None, :], mask=m_rows[:, None], other=0)
-            x_even = pair.to(tl.int16).to(dtype, bitcast=True)
-            x_odd = (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
+            x_even, x_odd = _halves(pair, dtype)
+            if NORM:
+                norm_even, norm_odd = _halves(tl.load(norm_ptr + o_k), dtype)
+                x_even, squares = _weigh(x_even, norm_even, squares, EMULATED)
+                x_odd, squares = _weigh(x_odd, norm_odd, squares, EMULATED)
             o_codes = o_w[:, None] + o_k[None, :]
             codes = tl.load(weight_ptr + o_codes)
             absmax = _absmax(
@@ -216,12 +251,23 @@ def _sum_nf4(
                 acc_up = _sum_block(
                     x_even, x_odd, codes, absmax, table_ptr, acc_up, STANDARD, EMULATED
                 )
-    return acc, acc_up
+    return acc, acc_up, squares
 
 
 @triton.jit
-def _finish(acc, scale_ptr, bias_ptr, o_n, INT8: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """Scale int8 columns and add the bias."""
+def _finish(
+    acc,
+    row_scale,
+    scale_ptr,
+    bias_ptr,
+    o_n,
+    NORM: tl.constexpr,
+    INT8: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Scale normalised rows and int8 columns, and add the bias."""
+    if NORM:
+        acc = acc * row_scale[:, None]
     if INT8:
         acc = acc * (tl.load(scale_ptr + o_n) * (1.0 / 127.0))[None, :]
     if HAS_BIAS:
@@ -233,6 +279,7 @@ def _finish(acc, scale_ptr, bias_ptr, o_n, INT8: tl.constexpr, HAS_BIAS: tl.cons
 def _linear_kernel(
     # inputs
     x_ptr,  # [rows, K]; int32 [rows, K / 2] for nf4
+    norm_ptr,  # [K]; int32 [K / 2] for nf4
     weight_ptr,  # [N, K]; uint8 [N, K / 2] for nf4
     scale_ptr,  # int8: [N]; nf4: [N * K / 64]
     nested_code_ptr,  # [256]
@@ -243,7 +290,7 @@ def _linear_kernel(
     residual_ptr,  # [rows, columns]
     # output and scratch
     out_ptr,  # [rows, columns]
-    partials_ptr,  # [row tiles, column tiles, SPLITS, 1 or 2, TILE_ROWS, BLOCK_N]
+    partials_ptr,  # [row tiles, column tiles, SPLITS, (1 or 2) * TILE_ROWS * BLOCK_N + squares]
     counters_ptr,  # [row tiles, column tiles], zero between launches
     # shape
     stride_x,
@@ -252,8 +299,10 @@ def _linear_kernel(
     rows,
     columns,
     depth,
+    eps,
     # constants
     KIND: tl.constexpr,  # "dense", "int8", "nf4"
+    NORM: tl.constexpr,
     SWIGLU: tl.constexpr,
     NESTED: tl.constexpr,
     STANDARD: tl.constexpr,
@@ -280,8 +329,9 @@ def _linear_kernel(
     last = blocks * (i_split + 1) // SPLITS
 
     if KIND == "nf4":
-        acc, acc_up = _sum_nf4(
+        acc, acc_up, squares = _sum_nf4(
             x_ptr,
+            norm_ptr,
             weight_ptr + start * (depth // 2),
             weight_ptr + (start + columns) * (depth // 2),
             scale_ptr,
@@ -298,6 +348,7 @@ def _linear_kernel(
             first,
             last,
             out_ptr.dtype.element_ty,
+            NORM,
             NESTED,
             STANDARD,
             SWIGLU,
@@ -307,8 +358,9 @@ def _linear_kernel(
             EMULATED,
         )
     else:
-        acc, acc_up = _sum_dense(
+        acc, acc_up, squares = _sum_dense(
             x_ptr,
+            norm_ptr,
             weight_ptr + start * depth,
             weight_ptr + (start + columns) * depth,
             stride_x,
@@ -317,6 +369,7 @@ def _linear_kernel(
             depth,
             first,
             last,
+            NORM,
             SWIGLU,
             BLOCK_N,
             BLOCK_K,
@@ -326,7 +379,8 @@ def _linear_kernel(
 
     if SPLITS > 1:
         SIZE: tl.constexpr = cut.TILE_ROWS * BLOCK_N
-        STEP: tl.constexpr = SIZE * (2 if SWIGLU else 1)
+        SUMS: tl.constexpr = SIZE * (2 if SWIGLU else 1)
+        STEP: tl.constexpr = SUMS + (cut.TILE_ROWS if NORM else 0)
         i_counter = i_row_tile * tl.num_programs(1) + i_tile
         o_tile = o_row[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         m_tile = m_rows[:, None] & (o_column >= 0)[None, :]
@@ -334,6 +388,9 @@ def _linear_kernel(
         tl.store(p + i_split * STEP, acc, mask=m_tile)
         if SWIGLU:
             tl.store(p + i_split * STEP + SIZE, acc_up, mask=m_tile)
+        q = partials_ptr + i_counter * (SPLITS * STEP) + SUMS + o_row
+        if NORM:
+            tl.store(q + i_split * STEP, squares, mask=m_rows)
         tl.debug_barrier()
         arrived = tl.atomic_add(counters_ptr + i_counter, 1, sem="acq_rel")
         if arrived != SPLITS - 1:
@@ -343,14 +400,24 @@ def _linear_kernel(
         acc = tl.load(p, m_tile, 0.0, cache_modifier=".cg")
         if SWIGLU:
             acc_up = tl.load(p + SIZE, m_tile, 0.0, cache_modifier=".cg")
+        if NORM:
+            squares = tl.load(q, m_rows, 0.0, cache_modifier=".cg")
         for i in tl.static_range(1, SPLITS):
             acc += tl.load(p + i * STEP, m_tile, 0.0, cache_modifier=".cg")
             if SWIGLU:
                 acc_up += tl.load(p + i * STEP + SIZE, m_tile, 0.0, cache_modifier=".cg")
+            if NORM:
+                squares += tl.load(q + i * STEP, m_rows, 0.0, cache_modifier=".cg")
 
-    acc = _finish(acc, scale_ptr, bias_ptr, o_n, KIND == "int8", HAS_BIAS)
+    row_scale = squares
+    if NORM:
+        row_scale = 1.0 / tl.sqrt(squares / depth + eps)
+    INT8: tl.constexpr = KIND == "int8"
+    acc = _finish(acc, row_scale, scale_ptr, bias_ptr, o_n, NORM, INT8, HAS_BIAS)
     if SWIGLU:
-        acc_up = _finish(acc_up, scale_ptr, bias_ptr, columns + o_n, KIND == "int8", HAS_BIAS)
+        acc_up = _finish(
+            acc_up, row_scale, scale_ptr, bias_ptr, columns + o_n, NORM, INT8, HAS_BIAS
+        )
         acc = acc / (1.0 + tl.exp(-acc)) * acc_up
     o_row = i_row_tile * cut.TILE_ROWS + o_row
     mask = m_rows[:, None] & (o_column < columns)[None, :]

@@ -17,13 +17,23 @@ def linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     swiglu: bool = False,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
 ) -> None:
-    """``out = x @ weight.T``, with bias, SwiGLU and residual; see `speckv.kernels.linear`.
+    """``out = x @ weight.T``, with norm, bias, SwiGLU and residual; see `speckv.kernels.linear`.
 
-    Packed weights are expanded in fp32 and not rounded; the result is rounded once.
+    Packed weights are expanded in fp32 and not rounded. Rows are rounded when they have been
+    multiplied by the norm's weight, and so is the result.
     """
     dense = weight.float() if isinstance(weight, Tensor) else weight.expand(torch.float32)
-    y = F.linear(x.float(), dense, None if bias is None else bias.float())
+    wide = x.float()
+    if norm is None:
+        y = F.linear(wide, dense)
+    else:
+        scale = (wide.square().mean(dim=1, keepdim=True) + eps).rsqrt()
+        y = F.linear((wide * norm.float()).to(x.dtype).float(), dense) * scale
+    if bias is not None:
+        y = y + bias.float()
     if swiglu:
         gate, up = y.chunk(2, -1)
         y = F.silu(gate) * up

@@ -13,6 +13,7 @@ from speckv.kernels.cpu import ProvenRows, common_counts, round_up_rows
 from speckv.kernels.cpu_attention import AttentionPiece, CpuAttention, round_up_context
 from speckv.models.cache import KVCache, host_positions, host_slots
 from speckv.models.config import DecoderConfig
+from speckv.models.fused import ROWS_MAX, FusedLayers
 from speckv.models.quantize import FLOAT_NAMES
 from speckv.models.weights import DecoderWeights, TensorSource, build_weights
 
@@ -26,7 +27,9 @@ class LlamaDecoder:
 
     On the CPU every row has the same bits at any width, offset, batch, slot and cache capacity, in
     decoding and in prefill (:mod:`speckv.kernels.cpu`). On CUDA a forward never synchronises with
-    the host when ``start``, ``slots`` and ``select`` are tensors there.
+    the host when ``start``, ``slots`` and ``select`` are tensors there. In fp16 and bf16 up to 136
+    rows run in six kernels a layer (:mod:`speckv.models.fused`), whose bits do not depend on the
+    other rows either; more rows, as in prefill, and fp32 run in PyTorch's.
 
     Parameters
     ----------
@@ -61,6 +64,8 @@ class LlamaDecoder:
         self._weights = weights
         self._table = weights.embedding.new_empty(0, 2, config.head_dim)
         self._on_host = isinstance(weights.head, ProvenRows)
+        fused = [layer.fused for layer in weights.layers if layer.fused is not None]
+        self._fused = FusedLayers(config, fused) if fused else None
         if self._on_host:
             self._attention = CpuAttention(
                 config.heads, config.kv_heads, config.head_dim, self.dtype
@@ -238,6 +243,10 @@ class LlamaDecoder:
                 ids = torch.cat((ids, ids.new_zeros(padding)))
         else:
             step = _DeviceStep(self.config.heads, cache, start, slots, (batch, width), context)
+            if self._fuses(batch * width):
+                assert self._fused is not None
+                x = self._weights.embedding.index_select(0, ids)
+                return self._fused(x, self._table, step.blocks, step.slots, cache)
         positions = step.positions(ids.shape[0])
         c, rows = self.config, ids.shape[0]
         rotated = c.heads + c.kv_heads
@@ -251,8 +260,17 @@ class LlamaDecoder:
             x = layer.down(layer.swiglu(layer.gate_up(layer.mlp_norm(x))), x)
         return x[: batch * width]
 
+    def _fuses(self, rows: int) -> bool:
+        """Whether the kernels for few rows take so many."""
+        return self._fused is not None and rows <= ROWS_MAX
+
     def _logits(self, hidden: Tensor) -> Tensor:
-        return self._weights.head(self._weights.norm(hidden))
+        head = self._weights.fused_head
+        if head is None or not self._fuses(hidden.shape[0]):
+            return self._weights.head(self._weights.norm(hidden))
+        logits = hidden.new_empty(hidden.shape[0], self.vocab_size)
+        head(hidden, out=logits)
+        return logits
 
     def _reach(self, rows: int) -> None:
         """Grow the rotary table to ``rows`` positions."""
@@ -329,7 +347,15 @@ class _HostStep:
 
 
 class _DeviceStep:
-    """Cache writes and attention of one forward on an accelerator, in one call each."""
+    """Cache writes and attention of one forward on an accelerator, in one call each.
+
+    Attributes
+    ----------
+    blocks : int64 [batch, width]
+        Position of every row.
+    slots : int64 [batch]
+        Cache slot of each sequence.
+    """
 
     def __init__(
         self,
@@ -345,26 +371,25 @@ class _DeviceStep:
         self._heads, self._cache, self._shape = heads, cache, shape
         self._context = min(cache.rows, round_up_context(context or cache.rows))
         first = torch.as_tensor(start, dtype=torch.int64, device=device)
-        self._positions = first[:, None] + torch.arange(width, device=device)
+        self.blocks = first[:, None] + torch.arange(width, device=device)
         self._slots = (
             None if slots is None else torch.as_tensor(slots, dtype=torch.int64, device=device)
         )
-        rows = torch.arange(batch, device=device) if self._slots is None else self._slots
-        self._slot_column = rows[:, None]
+        self.slots = torch.arange(batch, device=device) if self._slots is None else self._slots
         self._masks: dict[int | None, Tensor] = {}
 
     def positions(self, rows: int) -> Tensor:
         """Position of every row [rows] int64."""
-        return self._positions.reshape(rows)
+        return self.blocks.reshape(rows)
 
     def attend(self, index: int, window: int | None, qkv: Tensor) -> Tensor:
         """Append the keys and values of layer ``index``, then attend: [rows, heads * head_dim]."""
         rows, layer = qkv.shape[0], self._cache.kv[index]
         blocks = qkv.view(*self._shape, *qkv.shape[1:])
-        functional.append_kv(layer, blocks[:, :, self._heads :], self._slot_column, self._positions)
+        functional.append_kv(layer, blocks[:, :, self._heads :], self.slots[:, None], self.blocks)
         mask = self._masks.get(window)
         if mask is None:
-            mask = functional.attention_mask(self._positions, self._context, qkv.dtype, window)
+            mask = functional.attention_mask(self.blocks, self._context, qkv.dtype, window)
             self._masks[window] = mask
         queries = blocks[:, :, : self._heads]
         return functional.attention(queries, layer, self._slots, mask).view(rows, -1)

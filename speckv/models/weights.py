@@ -14,6 +14,7 @@ from torch import Tensor
 from speckv.errors import ModelError
 from speckv.kernels import cpu, functional
 from speckv.models.config import DecoderConfig
+from speckv.models.fused import FusedLayer, FusedProduct, Parameters, can_fuse, fused_product
 from speckv.models.quantize import Int8Weight, Nf4Weight, compress, fuse
 
 __all__ = ["DecoderLayer", "DecoderWeights", "RowOperation", "TensorSource", "build_weights"]
@@ -38,6 +39,7 @@ class DecoderLayer:
 
     ``qkv`` maps normalised rows to queries, keys and values; ``rotate`` applies the head norm, if
     there is one, and the rotary embedding; ``out`` and ``down`` also take the residual they add.
+    ``fused`` is the same block for few rows on a GPU, where its kernels take it.
     """
 
     attention_norm: RowOperation
@@ -49,6 +51,7 @@ class DecoderLayer:
     swiglu: RowOperation
     down: RowOperation
     window: int | None
+    fused: FusedLayer | None = None
 
     def operations(self) -> tuple[RowOperation, ...]:
         """Every operation, in the order of use."""
@@ -77,6 +80,7 @@ class DecoderWeights:
     norm: RowOperation
     head: RowOperation
     fingerprint: str
+    fused_head: FusedProduct | None = None
 
 
 @dataclass(frozen=True)
@@ -117,15 +121,10 @@ class _Builder:
         self.samples[name] = _sample_digest(found)
         return found.to(self.device)
 
-    def linear(
-        self,
-        names: Sequence[str],
-        rows: Sequence[int],
-        columns: int,
-        *,
-        bias: bool,
-        residual: bool = False,
-    ) -> RowOperation:
+    def parameters(
+        self, names: Sequence[str], rows: Sequence[int], columns: int, *, bias: bool
+    ) -> Parameters:
+        """Linear layers of the checkpoint, compressed and stacked."""
         parts = [
             compress(self.tensor(f"{name}.weight", count, columns), self.compression, self.dtype)
             for name, count in zip(names, rows, strict=True)
@@ -138,35 +137,46 @@ class _Builder:
                     for name, count in zip(names, rows, strict=True)
                 ]
             ).to(self.dtype)
-        if self.invariant:
-            dense = [
-                part if isinstance(part, Tensor) else part.expand(self.dtype) for part in parts
-            ]
-            return cpu.CpuLinear(torch.cat(dense), shift, residual=residual)
-        weight = fuse(parts)
+        if not self.invariant:
+            return Parameters(fuse(parts), shift)
+        dense = [part if isinstance(part, Tensor) else part.expand(self.dtype) for part in parts]
+        return Parameters(torch.cat(dense), shift)
+
+    def linear(self, parameters: Parameters, *, residual: bool = False) -> RowOperation:
+        weight, shift = parameters.weight, parameters.bias
         if not isinstance(weight, Tensor):
             return _Expanding(weight, shift, self.dtype)
+        if self.invariant:
+            return cpu.CpuLinear(weight, shift, residual=residual)
         run = functional.linear_add if residual else functional.linear
         return partial(run, weight=weight, bias=shift)
 
-    def norm(self, name: str) -> RowOperation:
-        weight = self.tensor(f"{name}.weight", self.config.hidden).to(self.dtype)
+    def norm_weight(self, name: str) -> Tensor:
+        return self.tensor(f"{name}.weight", self.config.hidden).to(self.dtype)
+
+    def norm(self, weight: Tensor) -> RowOperation:
         run = partial(self.function("rms_norm"), weight=weight, eps=self.config.eps)
         return self._row_wise(
             run, partial(cpu.proven_rms_norm_counts, self.config.hidden, self.dtype)
         )
 
-    def rotate(self, name: str) -> RowOperation:
+    def head_norm(self, name: str) -> Tensor | None:
+        """Weights [heads + kv_heads, head_dim] of the norm of each head, if there is one."""
+        c = self.config
+        if not c.head_norm:
+            return None
+        return torch.cat(
+            (
+                self.tensor(f"{name}.q_norm.weight", c.head_dim).expand(c.heads, -1),
+                self.tensor(f"{name}.k_norm.weight", c.head_dim).expand(c.kv_heads, -1),
+            )
+        ).to(self.dtype)
+
+    def rotate(self, head_norm: Tensor | None) -> RowOperation:
         c = self.config
         run = rope = self.function("rope")
-        if c.head_norm:
-            weight = torch.cat(
-                (
-                    self.tensor(f"{name}.q_norm.weight", c.head_dim).expand(c.heads, -1),
-                    self.tensor(f"{name}.k_norm.weight", c.head_dim).expand(c.kv_heads, -1),
-                )
-            ).to(self.dtype)
-            run = partial(_norm_and_rope, rope=rope, weight=weight, eps=c.eps)
+        if head_norm is not None:
+            run = partial(_norm_and_rope, rope=rope, weight=head_norm, eps=c.eps)
         rotated = c.heads + c.kv_heads
         return self._row_wise(
             run,
@@ -199,38 +209,47 @@ class _Builder:
     def layer(self, index: int) -> DecoderLayer:
         c, at = self.config, f"model.layers.{index}"
         queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        attention_norm = self.norm_weight(f"{at}.input_layernorm")
+        qkv = self.parameters(
+            [f"{at}.self_attn.{part}_proj" for part in "qkv"],
+            (queries, keys, keys),
+            c.hidden,
+            bias=c.qkv_bias,
+        )
+        head_norm = self.head_norm(f"{at}.self_attn")
+        out = self.parameters([f"{at}.self_attn.o_proj"], (c.hidden,), queries, bias=c.output_bias)
+        mlp_norm = self.norm_weight(f"{at}.post_attention_layernorm")
+        gate_up = self.parameters(
+            [f"{at}.mlp.{part}_proj" for part in ("gate", "up")],
+            (c.intermediate, c.intermediate),
+            c.hidden,
+            bias=c.mlp_bias,
+        )
+        down = self.parameters(
+            [f"{at}.mlp.down_proj"], (c.hidden,), c.intermediate, bias=c.mlp_bias
+        )
+        fused = None
+        weights = [each.weight for each in (qkv, out, gate_up, down)]
+        if not self.invariant and can_fuse(c, weights, self.dtype):
+            fused = FusedLayer(
+                qkv=fused_product(qkv, self.dtype, norm=attention_norm, eps=c.eps),
+                out=fused_product(out, self.dtype),
+                gate_up=fused_product(gate_up, self.dtype, norm=mlp_norm, eps=c.eps, swiglu=True),
+                down=fused_product(down, self.dtype),
+                head_norm=head_norm,
+                window=c.windows[index],
+            )
         return DecoderLayer(
-            attention_norm=self.norm(f"{at}.input_layernorm"),
-            qkv=self.linear(
-                [f"{at}.self_attn.{part}_proj" for part in "qkv"],
-                (queries, keys, keys),
-                c.hidden,
-                bias=c.qkv_bias,
-            ),
-            rotate=self.rotate(f"{at}.self_attn"),
-            out=self.linear(
-                [f"{at}.self_attn.o_proj"],
-                (c.hidden,),
-                queries,
-                bias=c.output_bias,
-                residual=True,
-            ),
-            mlp_norm=self.norm(f"{at}.post_attention_layernorm"),
-            gate_up=self.linear(
-                [f"{at}.mlp.{part}_proj" for part in ("gate", "up")],
-                (c.intermediate, c.intermediate),
-                c.hidden,
-                bias=c.mlp_bias,
-            ),
+            attention_norm=self.norm(attention_norm),
+            qkv=self.linear(qkv),
+            rotate=self.rotate(head_norm),
+            out=self.linear(out, residual=True),
+            mlp_norm=self.norm(mlp_norm),
+            gate_up=self.linear(gate_up),
             swiglu=self.swiglu(),
-            down=self.linear(
-                [f"{at}.mlp.down_proj"],
-                (c.hidden,),
-                c.intermediate,
-                bias=c.mlp_bias,
-                residual=True,
-            ),
+            down=self.linear(down, residual=True),
             window=c.windows[index],
+            fused=fused,
         )
 
     def fingerprint(self) -> str:
@@ -238,14 +257,13 @@ class _Builder:
         text = "".join(f"{name} {digest}\n" for name, digest in sorted(self.samples.items()))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def head(self, embedding: Tensor) -> RowOperation:
+    def head(self, embedding: Tensor) -> Parameters:
+        """The head, which is never packed."""
         c = self.config
-        weight = embedding
-        if not c.tied:
-            weight = self.tensor("lm_head.weight", c.vocab_size, c.hidden).to(self.dtype)
-        if self.invariant:
-            return cpu.CpuLinear(weight)
-        return partial(functional.linear, weight=weight)
+        if c.tied:
+            return Parameters(embedding, None)
+        weight = self.tensor("lm_head.weight", c.vocab_size, c.hidden).to(self.dtype)
+        return Parameters(weight, None)
 
 
 def _sample_digest(tensor: Tensor) -> str:
@@ -309,8 +327,13 @@ def build_weights(
         layers.append(build.layer(index))
         if advance is not None:
             advance()
-    norm, head = build.norm("model.norm"), build.head(embedding)
-    weights = DecoderWeights(embedding, layers, norm, head, build.fingerprint())
+    norm, head = build.norm_weight("model.norm"), build.head(embedding)
+    fused_head = None
+    if layers[0].fused is not None:
+        fused_head = fused_product(head, dtype, norm=norm, eps=config.eps)
+    weights = DecoderWeights(
+        embedding, layers, build.norm(norm), build.linear(head), build.fingerprint(), fused_head
+    )
     if advance is not None:
         advance()
     return weights

@@ -22,6 +22,7 @@ linear_module = importlib.import_module("speckv.kernels.linear")
 KINDS = ("dense", "int8", "nf4", "nested")
 ROWS = (1, 2, 3, 5, 9, 16, 17, 33, 136)
 DTYPES = (torch.float16, torch.bfloat16)
+EPS = 1e-2
 
 
 @dataclass
@@ -86,8 +87,13 @@ class Case:
         bias: Tensor | None = None,
         residual: Tensor | None = None,
         swiglu: bool = False,
+        norm: Tensor | None = None,
     ) -> Tensor:
         y = x.double() @ self.value.T
+        if norm is not None:
+            weighed = (x.double() * norm.double()).to(x.dtype)
+            size = (x.double().square().mean(dim=1, keepdim=True) + EPS).sqrt()
+            y = weighed.double() @ self.value.T / size
         if bias is not None:
             y += bias.double()
         if swiglu:
@@ -105,6 +111,7 @@ class Case:
         bias: Tensor | None = None,
         residual: Tensor | None = None,
         swiglu: bool = False,
+        norm: Tensor | None = None,
     ) -> Tensor:
         """The kernel's result, written between guards, from scratch full of NaN."""
         columns = self.value.shape[0] // (2 if swiglu else 1)
@@ -122,6 +129,8 @@ class Case:
             bias=bias,
             residual=residual,
             swiglu=swiglu,
+            norm=norm,
+            eps=EPS,
             table=table,
         )
         assert not scratch.counters.any()
@@ -173,6 +182,41 @@ def test_epilogues(kind: str, swiglu: bool, splits: int, dtype: torch.dtype) -> 
     ):
         found = case.launch(x, config_of(kind, splits), swiglu=swiglu, **arguments)
         assert_close(found, case.expected(x, swiglu=swiglu, **arguments), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("swiglu", [False, True], ids=["plain", "swiglu"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_normalised_rows(kind: str, swiglu: bool, splits: int, dtype: torch.dtype) -> None:
+    """Rows of every scale, to which the norm is blind but for its epsilon."""
+    case = Case.make(kind, 74, 384, dtype, seed=4)
+    norm = case.random(1, 384)[0].contiguous() + 1
+    residual = case.random(19, 37 if swiglu else 74)
+    scale = torch.logspace(-3, 2, 19)[:, None].to(dtype)
+    x = case.random(19, 390)[:, :384] * scale
+    for arguments in ({}, {"bias": case.random(1, 74)[0], "residual": residual}):
+        found = case.launch(x, config_of(kind, splits), swiglu=swiglu, norm=norm, **arguments)
+        assert_close(found, case.expected(x, swiglu=swiglu, norm=norm, **arguments), dtype)
+
+
+@pytest.mark.parametrize("depth", [7, 111, 257, 1031])
+def test_normalised_rows_of_odd_weights(depth: int) -> None:
+    case = Case.make("dense", 23, depth, torch.bfloat16, seed=depth)
+    x, norm = case.random(3, depth), case.random(1, depth)[0].contiguous()
+    config = Config(block_n=64, block_k=64, splits=min(3, -(-depth // 64)))
+    assert_close(case.launch(x, config, norm=norm), case.expected(x, norm=norm), torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bits_of_a_normalised_row_do_not_depend_on_the_others(kind: str) -> None:
+    case = Case.make(kind, 80, 384, torch.bfloat16, seed=5)
+    config = config_of(kind, splits=3)
+    x, norm = case.random(136, 384), case.random(1, 384)[0].contiguous()
+    together = case.launch(x, config, norm=norm)
+    for first, rows in zip((0, 5, 31, 70, 127, 1, 119, 77, 0), ROWS, strict=True):
+        found = case.launch(x[first : first + rows], config, norm=norm)
+        assert torch.equal(found, together[first : first + rows])
 
 
 @pytest.mark.parametrize(

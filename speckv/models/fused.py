@@ -1,0 +1,185 @@
+"""Decoder layers on a GPU at the speed of their bytes: six kernel launches a layer, for few rows.
+
+A layer is ``qkv`` of normalised rows, `rope_append`, `attention`, ``out`` plus the residual,
+``gate_up`` of normalised rows through SwiGLU, and ``down`` plus the residual. Nothing but the
+results is allocated once a shape has been met, and the host is never waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from speckv.kernels.packed import NF4_BLOCK, Nf4Weight, Weight
+from speckv.models.cache import KVCache
+from speckv.models.config import DecoderConfig
+
+__all__ = [
+    "LAUNCHES_PER_LAYER",
+    "ROWS_MAX",
+    "FusedLayer",
+    "FusedLayers",
+    "FusedProduct",
+    "Parameters",
+    "can_fuse",
+    "fused_product",
+]
+
+LAUNCHES_PER_LAYER = 6
+ROWS_MAX = 136
+"""Most rows of a forward: a verification of eight sequences at 17 rows each."""
+
+_DTYPES = (torch.float16, torch.bfloat16)
+_HEAD_DIMS = (16, 32, 64, 128, 256)
+
+
+class FusedProduct(Protocol):
+    """A `speckv.kernels.Linear`."""
+
+    columns: int
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *, out: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """A linear layer as it is stored: its weight and its bias, if it has one."""
+
+    weight: Weight
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """The products of a layer, each with its norm or for its residual.
+
+    ``head_norm`` [heads + kv_heads, head_dim] are the weights of the norm of each head, or None.
+    """
+
+    qkv: FusedProduct
+    out: FusedProduct
+    gate_up: FusedProduct
+    down: FusedProduct
+    head_norm: Tensor | None
+    window: int | None
+
+
+def can_fuse(config: DecoderConfig, weights: Sequence[Weight], dtype: torch.dtype) -> bool:
+    """Whether the kernels take these weights and this type of activations."""
+    return (
+        dtype in _DTYPES
+        and config.head_dim in _HEAD_DIMS
+        and not any(isinstance(w, Nf4Weight) and w.shape[1] % NF4_BLOCK for w in weights)
+    )
+
+
+def fused_product(
+    parameters: Parameters,
+    dtype: torch.dtype,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    swiglu: bool = False,
+) -> FusedProduct:
+    """A product of up to `ROWS_MAX` rows."""
+    from speckv.kernels import Linear  # needs triton
+
+    return Linear(
+        parameters.weight,
+        dtype=dtype,
+        bias=parameters.bias,
+        swiglu=swiglu,
+        norm=norm,
+        eps=eps,
+        rows_max=ROWS_MAX,
+    )
+
+
+def row_operations(device: torch.device) -> tuple[Callable[..., object], Callable[..., object]]:
+    """`rope_append` and `attention`: their launchers on a GPU, where nothing is checked."""
+    from speckv.kernels import attention, rope_append  # these need triton
+    from speckv.kernels.attention import attention_out
+    from speckv.kernels.rope_append import rope_append_out
+
+    return (rope_append, attention) if device.type == "cpu" else (rope_append_out, attention_out)
+
+
+class FusedLayers:
+    """All layers of a decoder.
+
+    Products of one decoder share no scratch with each other, but calls do with later calls: they
+    must be on one stream.
+
+    Parameters
+    ----------
+    config : DecoderConfig
+    layers : sequence of FusedLayer
+    """
+
+    def __init__(self, config: DecoderConfig, layers: Sequence[FusedLayer]) -> None:
+        self._config, self._layers = config, list(layers)
+        self._scratch: dict[tuple[int, int, int], object] = {}
+
+    def __call__(
+        self, x: Tensor, table: Tensor, positions: Tensor, slots: Tensor, cache: KVCache
+    ) -> Tensor:
+        """Rows before the final norm.
+
+        Parameters
+        ----------
+        x : Tensor [batch * width, hidden]
+            Embedded tokens; overwritten.
+        table : Tensor [positions, 2, head_dim]
+            Of `speckv.kernels.functional.rope_table`.
+        positions : int64 [batch, width], contiguous
+        slots : int64 [batch]
+        cache : KVCache
+            Mutated.
+
+        Returns
+        -------
+        Tensor [batch * width, hidden]
+            ``x``.
+        """
+        c, rows = self._config, x.shape[0]
+        rope, attend = row_operations(x.device)
+        heads = c.heads + 2 * c.kv_heads
+        qkv = x.new_empty(rows, heads, c.head_dim)
+        queries = x.new_empty(rows, c.heads, c.head_dim)
+        attended = x.new_empty(*positions.shape, c.heads, c.head_dim)
+        middle = torch.empty_like(x)
+        wide = x.new_empty(rows, c.intermediate)
+        blocks = queries.view(attended.shape)
+        scratch = None if x.device.type == "cpu" else self._attention_scratch(attended, cache)
+        for layer, kv in zip(self._layers, cache.kv, strict=True):
+            layer.qkv(x, out=qkv.view(rows, -1))
+            rope(
+                qkv,
+                table,
+                positions,
+                slots,
+                kv,
+                out=queries,
+                head_norm=layer.head_norm,
+                eps=c.eps,
+            )
+            attend(blocks, kv, positions, slots, out=attended, window=layer.window, scratch=scratch)
+            layer.out(attended.view(rows, -1), x, out=middle)
+            layer.gate_up(middle, out=wide)
+            layer.down(wide, middle, out=x)
+        return x
+
+    def _attention_scratch(self, attended: Tensor, cache: KVCache) -> object:
+        """Scratch for this shape; made when it is first met."""
+        from speckv.kernels.attention import Scratch
+
+        key = (attended.shape[0], attended.shape[1], cache.rows)
+        if key not in self._scratch:
+            self._scratch[key] = Scratch.allocate(
+                attended.shape, self._config.kv_heads, cache.rows, attended.device
+            )
+        return self._scratch[key]

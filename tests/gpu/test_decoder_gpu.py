@@ -1,0 +1,121 @@
+"""The fused decoder on a GPU: its logits, the bits of a row at every width, no waiting."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import roofline
+from speckv.models.fused import ROWS_MAX
+from speckv.models.llama import LlamaDecoder
+from tests.models.conftest import VOCAB
+from tests.models.test_fused import BOUND, FAMILY, build, distance, logits_of
+
+pytestmark = pytest.mark.gpu
+
+SIZES = {
+    "vocab_size": 4099,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
+FORMATS = ("fp16", "bf16", "int8", "nf4")
+
+
+@cache
+def model(compression: str) -> LlamaDecoder:
+    torch.manual_seed(0)
+    device = torch.device("cuda")
+    config = roofline.shape(SIZES)
+    return LlamaDecoder.from_tensors(
+        config,
+        roofline.RandomTensors(config, device),
+        name="random",
+        compression=compression,
+        dtype=torch.float16 if compression == "fp16" else torch.bfloat16,
+        device=device,
+    )
+
+
+def ids(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, SIZES["vocab_size"], (count,), generator=generator).cuda()
+
+
+def run(compression: str, widths: list[int], batch: int = 1, offset: int = 300) -> Tensor:
+    """Logits of 64 tokens after a prompt, in blocks of these widths; those of the last sequence."""
+    decoder, text = model(compression), ids(offset + 64)
+    cache_ = decoder.new_cache(batch, offset + 80)
+    for slot in range(batch):
+        decoder.prefill(text[:offset], cache_, slot, want_logits=False)
+    found, place = [], offset
+    for width in widths:
+        block = text[place : place + width].repeat(batch, 1)
+        if batch > 1:
+            block[:-1] = block[:-1].flip(1)
+        start = torch.full((batch,), place, device="cuda")
+        found.append(decoder.forward(block, start, cache_)[-1])
+        place += width
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("compression", FORMATS)
+@pytest.mark.parametrize("width", range(2, 17))
+def test_the_bits_of_a_row_do_not_depend_on_the_width(compression: str, width: int) -> None:
+    count = 48 // width * width
+    alone = run(compression, [1] * count)
+    assert torch.equal(run(compression, [width] * (count // width)), alone)
+
+
+@pytest.mark.parametrize("compression", FORMATS)
+@pytest.mark.parametrize("batch", [2, 3, 8])
+def test_nor_on_the_batch(compression: str, batch: int) -> None:
+    widths = [1, 5, 16, 9, 17]
+    assert torch.equal(run(compression, widths, batch), run(compression, [1] * 48))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("compression", FORMATS)
+def test_logits_are_those_of_the_references(name: str, compression: str) -> None:
+    tokens = torch.randint(0, VOCAB, (400,), generator=torch.Generator().manual_seed(1))
+    dtype = torch.float16 if compression == "fp16" else torch.bfloat16
+    expected = logits_of(build(name, compression, dtype), tokens)
+    actual = logits_of(build(name, compression, dtype, device="cuda"), tokens.cuda())
+    assert distance(actual.cpu(), expected) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("compression", FORMATS)
+def test_a_forward_is_captured_and_replayed(compression: str) -> None:
+    decoder, text = model(compression), ids(200)
+    cache_ = decoder.new_cache(1, 300)
+    decoder.prefill(text, cache_, 0, want_logits=False)
+    block, start = text[None, :5].contiguous(), torch.tensor([200], device="cuda")
+    slots = torch.zeros(1, dtype=torch.int64, device="cuda")
+
+    def forward() -> Tensor:
+        return decoder.forward(block, start, cache_, slots=slots)
+
+    expected = forward().clone()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = forward()
+    block.copy_(text[None, 7:12])
+    graph.replay()
+    other = captured.clone()
+    block.copy_(text[None, :5])
+    graph.replay()
+    assert torch.equal(captured, expected) and not torch.equal(other, expected)
+
+
+def test_more_rows_than_the_kernels_take() -> None:
+    decoder, text = model("bf16"), ids(ROWS_MAX + 20)
+    cache_ = decoder.new_cache(1, 300)
+    whole = decoder.forward(text[None], torch.tensor([0], device="cuda"), cache_)
+    assert whole.shape == (1, ROWS_MAX + 20, SIZES["vocab_size"]) and whole.isfinite().all()

@@ -1,0 +1,309 @@
+"""The decoder by the kernels for few rows: through their references, and in the interpreter."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import speckv.kernels
+from speckv.kernels.linear_config import Config, Scratch
+from speckv.kernels.packed import Nf4Weight
+from speckv.models import fused, weights
+from speckv.models.config import DecoderConfig
+from speckv.models.fused import LAUNCHES_PER_LAYER, ROWS_MAX, FusedProduct, Parameters
+from speckv.models.llama import LlamaDecoder
+from tests.models.conftest import VOCAB, seeded
+
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.15,
+}
+BOUND = {torch.float16: 4e-3, torch.bfloat16: 3e-2}  # relative to the largest logit
+LINEAR = importlib.import_module("speckv.kernels.linear")
+ROPE = importlib.import_module("speckv.kernels.rope_append")
+ATTENTION = importlib.import_module("speckv.kernels.attention")
+
+
+def _llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True))
+
+
+def _llama_tied() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
+
+
+def _mistral() -> Any:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=7))
+
+
+def _qwen2() -> Any:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {name: size for name, size in SIZES.items() if name != "head_dim"}
+    return Qwen2ForCausalLM(Qwen2Config(**sizes))
+
+
+def _qwen3() -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES))
+
+
+FAMILY = {
+    "llama": _llama,
+    "llama-tied": _llama_tied,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+}
+
+
+def build(
+    name: str,
+    compression: str,
+    dtype: torch.dtype = torch.bfloat16,
+    invariant: bool = False,
+    model: Any = None,
+    device: str = "cpu",
+) -> LlamaDecoder:
+    source = seeded(FAMILY[name]) if model is None else model
+    return LlamaDecoder.from_tensors(
+        DecoderConfig.from_transformers(source.config),
+        source.state_dict(),
+        name=name,
+        compression=compression,
+        dtype=dtype,
+        device=torch.device(device),
+        invariant=invariant,
+    )
+
+
+def logits_of(model: LlamaDecoder, tokens: Tensor, width: int = 3) -> Tensor:
+    """Of a prompt of 20 tokens and a block for each of two sequences: [2, width, VOCAB]."""
+    cache = model.new_cache(3, 64)
+    starts = torch.tensor([20, 13], device=model.device)
+    slots = torch.tensor([2, 0], device=model.device)
+    for i in range(2):
+        ids = tokens[50 * i : 50 * i + int(starts[i])]
+        model.prefill(ids, cache, int(slots[i]), want_logits=False)
+    block = torch.stack((tokens[200 : 200 + width], tokens[300 : 300 + width]))
+    return model.forward(block, starts, cache, slots=slots, context=20 + width).float()
+
+
+def distance(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FAMILY)
+def test_logits_are_those_of_transformers(name: str, dtype: torch.dtype, tokens: Tensor) -> None:
+    source = seeded(FAMILY[name])
+    compression = "fp16" if dtype == torch.float16 else "bf16"
+    model = build(name, compression, dtype, model=source)
+    assert model._fused is not None
+    actual = logits_of(model, tokens)
+    for i, start in enumerate((20, 13)):
+        text = torch.cat((tokens[50 * i : 50 * i + start], tokens[200 + 100 * i :][:3]))
+        with torch.no_grad():
+            expected = source(text[None]).logits[0, -3:]
+        assert distance(actual[i], expected) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("compression", ["int8", "nf4"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+def test_packed_weights_are_what_they_stand_for(
+    name: str, compression: str, tokens: Tensor
+) -> None:
+    """Against a decoder of the same weights, expanded, in fp32."""
+    actual = logits_of(build(name, compression), tokens)
+    expected = logits_of(build(name, compression, torch.float32, invariant=True), tokens)
+    assert distance(actual, expected) <= BOUND[torch.bfloat16]
+
+
+def test_six_launches_a_layer(monkeypatch: pytest.MonkeyPatch, tokens: Tensor) -> None:
+    model = build("qwen3", "bf16")
+    cache = model.new_cache(1, 64)
+    calls: list[str] = []
+
+    def counted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*arguments: Any, **options: Any) -> Any:
+            calls.append(name)
+            return call(*arguments, **options)
+
+        return wrapper
+
+    product = speckv.kernels.Linear.__call__
+    monkeypatch.setattr(speckv.kernels.Linear, "__call__", counted("linear", product))
+    rope, attend = fused.row_operations(torch.device("cpu"))
+    operations = counted("rope_append", rope), counted("attention", attend)
+    monkeypatch.setattr(fused, "row_operations", lambda device: operations)
+    model.forward(tokens[None, :5], [0], cache)
+    layer = ["linear", "rope_append", "attention", "linear", "linear", "linear"]
+    assert len(layer) == LAUNCHES_PER_LAYER
+    assert calls == [*layer * 2, "linear"]
+
+
+def test_long_prompts_take_the_other_path(tokens: Tensor) -> None:
+    """What it leaves in the cache is what the kernels go on from."""
+    model, exact = build("llama", "bf16"), build("llama", "bf16", torch.bfloat16, invariant=True)
+    found = []
+    for each in (model, exact):
+        cache = each.new_cache(1, 400)
+        each.prefill(tokens[: ROWS_MAX + 100], cache, 0, want_logits=False)
+        start = [ROWS_MAX + 100]
+        found.append(each.forward(tokens[None, 300:304], start, cache).float())
+    assert distance(*found) <= BOUND[torch.bfloat16]
+
+
+def test_drafts_are_fused_too(tokens: Tensor) -> None:
+    model = build("llama", "nf4")
+    first = model.first_layers(1)
+    source = seeded(_llama).state_dict()
+    draft = model.slice_draft(source, (1,), VOCAB, name="draft")
+    for each in (first, draft):
+        assert each._fused is not None
+        logits = each.forward(tokens[None, :4], [0], each.new_cache(1, 16))
+        assert logits.shape == (1, 4, VOCAB) and logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "compression", "dtype"),
+    [
+        ({"head_dim": 24}, "bf16", torch.bfloat16),
+        ({"intermediate_size": 96}, "nf4", torch.bfloat16),
+        ({}, "fp32", torch.float32),
+    ],
+    ids=["head_dim", "nf4-depth", "fp32"],
+)
+def test_what_the_kernels_do_not_take(
+    change: dict[str, int], compression: str, dtype: torch.dtype, tokens: Tensor
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    source = seeded(lambda: LlamaForCausalLM(LlamaConfig(**{**SIZES, **change})))
+    model = build("llama", compression, dtype, model=source)
+    assert model._fused is None
+    assert logits_of(model, tokens).isfinite().all()
+
+
+class Interpreted:
+    """`fused_product` whose kernel runs in the interpreter."""
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        dtype: torch.dtype,
+        *,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+        swiglu: bool = False,
+    ) -> None:
+        weight = parameters.weight
+        rows, depth = weight.shape
+        self.columns = rows // 2 if swiglu else rows
+        self._config = Config(block_n=32, block_k=64, splits=min(2, -(-depth // 64)))
+        self._scratch = Scratch.allocate(ROWS_MAX, self.columns, self._config, "cpu", swiglu=swiglu)
+        table = weight.table.to(dtype) if isinstance(weight, Nf4Weight) else None
+        self._launch = partial(
+            LINEAR.linear_out,
+            weight=weight,
+            config=self._config,
+            scratch=self._scratch,
+            bias=parameters.bias,
+            swiglu=swiglu,
+            norm=norm,
+            eps=eps,
+            table=table,
+        )
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None, *, out: Tensor) -> None:
+        self._launch(x, out=out, residual=residual)
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every kernel of a fused forward runs in the interpreter."""
+
+    def product(*arguments: Any, **options: Any) -> FusedProduct:
+        return Interpreted(*arguments, **options)
+
+    def attention(queries: Tensor, cache: Tensor, *arguments: Any, **options: Any) -> None:
+        scratch = ATTENTION.Scratch.allocate(
+            queries.shape, cache.shape[2] // 2, cache.shape[1], "cpu"
+        )
+        ATTENTION.attention_out(queries, cache, *arguments, **{**options, "scratch": scratch})
+
+    monkeypatch.setattr(weights, "fused_product", product)
+    monkeypatch.setattr(fused, "row_operations", lambda device: (ROPE.rope_append_out, attention))
+    yield
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("name", "compression"),
+    [
+        *((name, "bf16") for name in FAMILY),
+        ("llama", "fp16"),
+        ("llama", "int8"),
+        ("qwen3", "nf4"),
+    ],
+)
+def test_the_kernels_give_the_logits_of_their_references(
+    name: str, compression: str, tokens: Tensor, request: pytest.FixtureRequest
+) -> None:
+    dtype = torch.float16 if compression == "fp16" else torch.bfloat16
+    expected = logits_of(build(name, compression, dtype), tokens)
+    request.getfixturevalue("interpreted")
+    actual = logits_of(build(name, compression, dtype), tokens)
+    assert distance(actual, expected) <= BOUND[dtype]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("compression", ["bf16", "int8", "nf4"])
+def test_the_bits_of_a_row_do_not_depend_on_the_width(
+    compression: str, tokens: Tensor, interpreted: None
+) -> None:
+    """A block of tokens, whole and token by token, and beside another sequence."""
+    model = build("qwen3", compression)
+    text = tokens[:12]
+
+    def decode(widths: list[int]) -> Tensor:
+        cache, place, found = model.new_cache(1, 32), 0, []
+        for width in widths:
+            found.append(model.forward(text[None, place : place + width], [place], cache)[0])
+            place += width
+        return torch.cat(found)
+
+    alone = decode([1] * 12)
+    assert torch.equal(decode([7, 1, 4]), alone)
+    assert torch.equal(decode([12]), alone)
+    cache = model.new_cache(2, 32)
+    both = model.forward(torch.stack((tokens[100:112], text)), [0, 0], cache)
+    assert torch.equal(both[1], alone)
+
+
+def test_fusing_needs_what_the_constants_say() -> None:
+    from speckv.kernels.linear import DTYPES
+    from speckv.kernels.linear import ROWS_MAX as MOST
+
+    assert fused._DTYPES == DTYPES and fused._HEAD_DIMS == ATTENTION.HEAD_DIMS
+    assert MOST == ROWS_MAX
