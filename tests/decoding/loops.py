@@ -52,6 +52,7 @@ def decode(
     eos: Sequence[int] = (),
     first_request: int = 0,
     lookup: Lookup | None = None,
+    id_map: Tensor | None = None,
 ) -> list[Decoded]:
     """Decode the prompts as one batch.
 
@@ -65,7 +66,9 @@ def decode(
     capacity = max(len(p) + q.max_new_tokens for p, q in zip(prompts, params, strict=True))
     if isinstance(policy, str):
         policy = parse_policy(policy).pack(target.compression, COST)
-    loop = EagerLoop(target, draft, batch=len(prompts), capacity=capacity, lookup=lookup)
+    loop = EagerLoop(
+        target, draft, batch=len(prompts), capacity=capacity, id_map=id_map, lookup=lookup
+    )
     batch = RequestBatch.build(
         prompts,
         params,

@@ -1,4 +1,4 @@
-"""Losslessness on a real model: SmolLM2-135M-Instruct in every compression, with three drafts.
+"""Losslessness on a real model: SmolLM2-135M-Instruct in every compression, with four drafts.
 
 `make test` decodes 4 prompts x 32 tokens with some policies, `make test-full` 20 prompts x 64 with
 all of them. The whole grid of policies, compressions and drafts is that of the tiny models.
@@ -17,7 +17,7 @@ from speckv.models import hub
 from speckv.models.base import CausalModel
 from speckv.models.llama import LlamaDecoder
 from speckv.models.loading import load_model, wrap_model
-from speckv.models.pairing import eos_token_ids
+from speckv.models.pairing import eos_token_ids, load_draft
 from speckv.sampling import SamplingParams
 from tests.decoding.loops import Decoded, acceptance, decode, hugging_face, plain
 from tests.decoding.tiny import perturbed
@@ -57,7 +57,13 @@ SAMPLINGS: dict[str, list[dict[str, Any]]] = {
         {"temperature": 1.2},
     ],
 }
-DRAFTS = {"first:4": (0.0, 0.25), "perturbed": (0.3, 0.75), "target": (1.0, 1.0)}
+DRAFTS = {
+    "first:4": (0.0, 0.25),
+    "default": (0.1, 0.75),
+    "perturbed": (0.3, 0.75),
+    "target": (1.0, 1.0),
+}
+"""Bounds of the acceptance by draft; ``default`` is the one that comes with the package."""
 PERTURBATION = 0.12
 
 
@@ -70,6 +76,8 @@ class Size(NamedTuple):
 
 QUICK, FULL = Size(4, 32), Size(20, 64)
 BATCH = 4
+Draft = tuple[CausalModel, torch.Tensor | None]
+"""A draft model and its map of ids."""
 
 
 @pytest.fixture(scope="module")
@@ -90,16 +98,20 @@ def smollm2() -> Callable[[str], tuple[LlamaDecoder, Any]]:
 @pytest.fixture(scope="module")
 def draft(
     transformer: Any, smollm2: Callable[[str], tuple[LlamaDecoder, Any]]
-) -> Callable[[str, str], CausalModel]:
+) -> Callable[[str, str], Draft]:
     """The draft by kind and the target's compression."""
 
     @cache
-    def get(kind: str, compression: str) -> CausalModel:
+    def get(kind: str, compression: str) -> Draft:
         if kind == "perturbed":
             noisy = perturbed(transformer, PERTURBATION)
-            return wrap_model(noisy, compression="bf16", device="cpu")
-        target, _ = smollm2(compression)
-        return target if kind == "target" else target.first_layers(4)
+            return wrap_model(noisy, compression="bf16", device="cpu"), None
+        target, tokenizer = smollm2(compression)
+        if kind == "default":
+            model, id_map = load_draft(None, target, tokenizer)
+            assert model is not None and id_map is not None
+            return model, id_map
+        return target if kind == "target" else target.first_layers(4), None
 
     return lambda kind, compression: get(kind, "" if kind == "perturbed" else compression)
 
@@ -144,7 +156,7 @@ def params(sampling: str, size: Size) -> list[SamplingParams]:
 @pytest.fixture
 def check(
     smollm2: Callable[[str], tuple[LlamaDecoder, Any]],
-    draft: Callable[[str, str], CausalModel],
+    draft: Callable[[str, str], Draft],
     prompts: list[list[int]],
     eos: list[int],
     expected: Expected,
@@ -156,18 +168,20 @@ def check(
         compression: str, policy: str, kind: str, sampling: str, size: Size, batch: int = BATCH
     ) -> None:
         target, _ = smollm2(compression)
+        model, id_map = draft(kind, compression)
         wanted, every = expected(compression, sampling, size), params(sampling, size)
         rows: list[Decoded] = []
         for first in range(0, size.prompts, batch):
             part = slice(first, min(first + batch, size.prompts))
             rows += decode(
                 target,
-                draft(kind, compression),
+                model,
                 policy,
                 prompts[part],
                 every[part],
                 eos=eos,
                 first_request=first,
+                id_map=id_map,
             )
         lossless(
             policy=policy,
@@ -232,6 +246,12 @@ def test_plain_greedy_is_transformers_generate(
         ("int8", "entropy:1.5", "perturbed"),
         ("nf4", "fixed:4", "perturbed"),
         ("nf4", "fixed:15", "target"),
+        ("fp32", "fixed:4", "default"),
+        ("fp16", "fixed:1", "default"),
+        ("bf16", "confidence:0.5", "default"),
+        ("bf16", "speckv", "default"),
+        ("int8", "fixed:15", "default"),
+        ("nf4", "entropy:1.5", "default"),
     ],
 )
 def test_batches_of_four(
@@ -254,7 +274,7 @@ def test_one_at_a_time(
 def test_two_threads(
     lossless: Callable[..., None],
     smollm2: Callable[[str], tuple[LlamaDecoder, Any]],
-    draft: Callable[[str, str], CausalModel],
+    draft: Callable[[str, str], Draft],
     prompts: list[list[int]],
     eos: list[int],
     compression: str,
@@ -264,7 +284,7 @@ def test_two_threads(
     Few tokens: beside another worker two threads wait for each other most of the time.
     """
     size = Size(2, 10)
-    pair = smollm2(compression)[0], draft("perturbed", compression)
+    pair = smollm2(compression)[0], draft("perturbed", compression)[0]
     every = params("sampled", size)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -315,6 +335,16 @@ def test_every_compression_sampled(
 @pytest.mark.parametrize("compression", ["fp16", "int8", "nf4"])
 def test_every_compression_greedy(check: Callable[..., None], compression: str) -> None:
     check(compression, "fixed:4", "perturbed", "greedy", FULL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_the_default_draft(
+    check: Callable[..., None], compression: str, policy: str, sampling: str
+) -> None:
+    check(compression, policy, "default", sampling, FULL)
 
 
 @pytest.mark.slow
