@@ -377,5 +377,5 @@ def _tensors(examples: Decisions) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _reciprocal(deviation: Tensor) -> Tensor:
-    """1 / deviation; 1 for an input that does not vary."""
-    return torch.where(deviation > 1e-6, 1 / deviation.clamp(min=1e-6), 1.0)
+    """1 / deviation; 0 for an input that does not vary, of which nothing could be learned."""
+    return torch.where(deviation > 1e-6, 1 / deviation.clamp(min=1e-6), 0.0)

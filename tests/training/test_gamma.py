@@ -146,6 +146,17 @@ def test_a_fit_learns_from_the_signals(cells: list[Cell]) -> None:
     assert np.corrcoef(blind[first, 0], outcome)[0, 1] < 0.15
 
 
+def test_a_compression_it_has_not_seen_changes_no_prediction(cells: list[Cell]) -> None:
+    own = [cell for cell in cells if cell.compression == "fp32"]
+    train = explored([cell.where(TRAINING) for cell in own])
+    mlp = fit(train, train.take(train.prompt < 10), RECIPE, seed=0)
+    other = train.features.copy()
+    columns = slice(at.FEATURE_COMPRESSION, at.FEATURE_COMPRESSION + 3)
+    assert (other[:, columns] == [1, 0, 0]).all()
+    other[:, columns] = [0, 1, 0]
+    assert (survival(mlp, other) == survival(mlp, train.features)).all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
