@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
+from bench import roofline
 from bench.environment import ROOT, write_json
 from bench.kernel_rows import draft_rows, verify_rows
 from bench.lab import COST, Lab, Row, quantiles
 from bench.linear_rows import linear_rows
-from bench.roofline import forward_rows
 from bench.sides import DTYPES
 from speckv.policies import parse_policy
 
@@ -109,7 +109,7 @@ PARTS: dict[str, Callable[[Lab], Iterator[Row]]] = {
     "draft": draft_rows,
     "verify": verify_rows,
     "linear": linear_rows,
-    "forward": forward_rows,
+    "forward": roofline.forward_rows,
     "e2e": e2e_part,
 }
 
@@ -118,27 +118,8 @@ def _random_llama(lab: Lab) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    if lab.dry:
-        config = LlamaConfig(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=1031,
-        )
-    else:  # Llama-3.2-1B
-        config = LlamaConfig(
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_hidden_layers=16,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=64,
-            vocab_size=128_256,
-            tie_word_embeddings=True,
-        )
-    return LlamaForCausalLM(config)
+    sizes = roofline.TINY if lab.dry else roofline.MODELS["Llama-3.2-1B"]
+    return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
 def run_part(name: str, lab: Lab, out: Path) -> list[Row]:

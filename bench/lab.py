@@ -110,6 +110,10 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     return dict(zip(("p50", "p90", "p99"), found, strict=True))
 
 
+def nothing() -> None:
+    """Restores calls that change no state."""
+
+
 class States:
     """Start states in turn, each for a launch of its own, put back all at once.
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.lab import Lab, Row
+from bench.lab import Lab, Row, nothing
 from speckv import kernels
 from speckv.kernels import reference_linear
 from speckv.kernels.packed import Int8Weight, Nf4Weight, Weight
@@ -41,7 +41,7 @@ def linear_rows(lab: Lab) -> Iterator[Row]:
     copied = 1 << 12 if lab.dry else _COPIED_BYTES
     source = torch.zeros(copied, dtype=torch.uint8, device=lab.device)
     target = torch.empty_like(source)
-    row = lab.time([partial(target.copy_, source)] * lab.launches(2), _nothing)
+    row = lab.time([partial(target.copy_, source)] * lab.launches(2), nothing)
     row = {"name": "copy", "dtype": "uint8", "bytes": 2 * copied, **row}
     bandwidth = None if lab.dry else row["bytes"] / row["kernel_us"]["p50"]
     yield row | {"bytes_per_us": bandwidth}
@@ -79,7 +79,7 @@ def _shape_rows(
         if same:
             turns = [products[i % len(products)] for i in range(count)]
             calls: Calls = [partial(product, x, out=out) for product in turns]
-            row |= _shared(lab.time(calls, _nothing), size, bandwidth)
+            row |= _shared(lab.time(calls, nothing), size, bandwidth)
         yield row
         others: Callable[[Tensor], Calls] | None = None
         if kind == "bf16":
@@ -88,7 +88,7 @@ def _shape_rows(
             others = partial(_bitsandbytes_calls, dense, len(weights), count)
         if others is not None:
             other = {"name": "F.linear" if kind == "bf16" else "bitsandbytes.matmul_4bit", **facts}
-            yield other | _shared(lab.time(others(x), _nothing), size, bandwidth)
+            yield other | _shared(lab.time(others(x), nothing), size, bandwidth)
 
 
 def _torch_calls(weights: Sequence[Tensor], count: int, x: Tensor) -> Calls:
@@ -128,7 +128,3 @@ def _copy(weight: Weight) -> Weight:
     if isinstance(weight, Nf4Weight):
         return replace(weight, codes=weight.codes.clone(), absmax=weight.absmax.clone())
     return weight.clone()
-
-
-def _nothing() -> None:
-    """Restores calls that change no state."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.environment import write_json
@@ -40,7 +40,7 @@ def label(compiled: CompiledResources) -> str:
     return f"{compiled.kernel}/{compiled.variant}/{compiled.arch}"
 
 
-def measure(advance: Callable[[], None] = lambda: None) -> dict[str, Used]:
+def measure() -> dict[str, Used]:
     """Compile every variant of every kernel for every architecture."""
     table = {}
     for spec in registry.all_specs():
@@ -48,7 +48,6 @@ def measure(advance: Callable[[], None] = lambda: None) -> dict[str, Used]:
             for arch in registry.ARCHITECTURES:
                 compiled = registry.compile_variant(spec, variant, arch)
                 table[label(compiled)] = used(compiled)
-                advance()
     return table
 
 

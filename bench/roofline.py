@@ -21,18 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.lab import Lab, Row
+from bench.lab import Lab, Row, nothing
 from speckv.models.config import DecoderConfig
 from speckv.models.fused import LAUNCHES_PER_LAYER
 from speckv.models.llama import LlamaDecoder
-from speckv.models.quantize import resolve_formats
 
 WIDTHS = (1, 3, 5, 9, 16)
 COMPRESSIONS = ("bf16", "int8", "nf4")
 _CONTEXT = 512
 _OTHER_LAUNCHES = 4  # positions (2), embedding, head
 _BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "int8": 8.0, "nf4": 4.0}
-_TINY = {
+TINY = {
     "vocab_size": 1031,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -203,7 +202,7 @@ def forward_rows(lab: Lab) -> Iterator[Row]:
 
     Logits at every width must have the bits of those at width 1.
     """
-    models = {"tiny": _TINY} if lab.dry else {n: MODELS[n] for n in MODELS if "SmolLM2" not in n}
+    models = {"tiny": TINY} if lab.dry else {n: MODELS[n] for n in MODELS if "SmolLM2" not in n}
     if lab.quick:
         models = dict(list(models.items())[:1])
     context = 16 if lab.dry else _CONTEXT
@@ -217,13 +216,12 @@ def _forwards(
     lab: Lab, name: str, config: DecoderConfig, compression: str, context: int
 ) -> Iterator[Row]:
     torch.manual_seed(0)
-    kind, dtype = resolve_formats(compression, torch.bfloat16, lab.device)
     model = LlamaDecoder.from_tensors(
         config,
         RandomTensors(config, lab.device),
         name=name,
-        compression=kind,
-        dtype=dtype,
+        compression=compression,
+        dtype=torch.bfloat16,
         device=lab.device,
         invariant=False,
     )
@@ -254,11 +252,7 @@ def _forwards(
             "launches_planned": floor.launches,
             "matches_reference": same,
         }
-        yield row | (lab.time([forward] * (2 if lab.dry else 4), _nothing) if same else {})
-
-
-def _nothing() -> None:
-    pass
+        yield row | (lab.time([forward] * (2 if lab.dry else 4), nothing) if same else {})
 
 
 def table(bandwidth: float, context: int, measured: Sequence[Row]) -> Iterator[str]:

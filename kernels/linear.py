@@ -7,6 +7,8 @@ rows there are, is in `linear_kernel`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
@@ -163,7 +165,7 @@ class Linear:
         self._weight, self._bias, self._swiglu = weight, bias, swiglu
         self._norm, self._eps = norm, eps
         self.dtype, self.device = dtype, device
-        self.scratch = None
+        self.scratch: Scratch | None = None
         if device.type != "cpu":
             capability = torch.cuda.get_device_capability(device)
             self._config = _select_config(
@@ -204,6 +206,19 @@ class Linear:
                 eps=self._eps,
                 table=self._table,
             )
+
+
+def share_scratch(products: Sequence[Linear]) -> None:
+    """Let products that never run at the same time have one scratch, the largest of theirs."""
+    own = [product.scratch for product in products if product.scratch is not None]
+    if not own:
+        return
+    largest = Scratch(
+        partials=max((scratch.partials for scratch in own), key=Tensor.numel),
+        counters=max((scratch.counters for scratch in own), key=Tensor.numel),
+    )
+    for product in products:
+        product.scratch = largest
 
 
 def linear(

@@ -10,8 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
+from .files import write_atomically
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from rich.console import Console
     from rich.progress import Progress
@@ -78,6 +81,12 @@ def histogram_lines(histogram: Mapping[int, int]) -> list[str]:
 def to_json(document: Mapping[str, Any], indent: int | None = None) -> str:
     """Strict JSON, one line unless indented; NaN and infinities, which it lacks, become null."""
     return json.dumps(_finite(document), allow_nan=False, indent=indent)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write `to_json`, indented; an interrupted write leaves the old file or none."""
+    text = to_json(document, indent=1) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 @contextmanager

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._cli_output import to_json
-from .files import write_atomically
+from ._cli_output import write_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +47,7 @@ def run_paper(
     show(console, analysis)
     for path, document in ((json, analysis.summary()), (details, analysis.details())):
         if path is not None:
-            _write_json(path.expanduser(), document)
+            write_json(path.expanduser(), document)
             progress.print(f"wrote {path}", markup=False)
     if plots is not None:
         for path in plotting.draw(analysis, plots.expanduser()):
@@ -308,8 +307,3 @@ def _pair(
 
 def _change(change: Change) -> str:
     return f"{change.percent:+.1f}% ({change.low:+.1f} to {change.high:+.1f})"
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    text = to_json(document, indent=1) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -8,14 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ._cli_output import progress_bar, stderr_console, write_json
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from rich.console import Console
     from rich.table import Table
 
     from .policies import CostTable
     from .traces.compare import Cell, Row
+    from .traces.report import Study
     from .traces.schema import Trace
 
 
@@ -41,13 +44,40 @@ def read_costs(path: Path) -> dict[str, CostTable]:
         raise ValueError(f"--costs: expected tables by compression in {path}: {error}") from None
 
 
+def replay_all(
+    path: Path, policies: str | None, costs: Path | None, *, train_share: float, seed: int
+) -> Study:
+    """Read a trace and replay policies on it, with a progress bar; see `speckv.traces.compare`.
+
+    ``policies`` are separated by commas; without them, and without ``costs``, the default ones and
+    the trace's own.
+    """
+    from .traces.compare import compare, split_prompts
+    from .traces.report import Study
+    from .traces.schema import read_trace
+    from .traces.tuning import DEFAULT, check_policy
+
+    names = DEFAULT if policies is None else tuple(dict.fromkeys(policies.split(",")))
+    for name in names:  # before the trace is read
+        check_policy(name)
+    trace = read_trace(path)
+    tables = trace.info.costs if costs is None else read_costs(costs)
+    count = len({(a.compression, a.temperature) for a in trace.answers})
+    with progress_bar(stderr_console(), "replaying", count * len(names)) as advance:
+        cells = compare(
+            trace,
+            tables,
+            names,
+            train_share=train_share,
+            seed=seed,
+            advance=lambda: advance(1),
+        )
+    return Study(trace, tables, cells, split_prompts(trace, train_share, seed))
+
+
 def write_costs(path: Path, tables: Mapping[str, CostTable]) -> None:
     """Write what `read_costs` reads."""
-    from ._cli_output import to_json
-    from .files import write_atomically
-
-    text = to_json({name: asdict(table) for name, table in tables.items()}, indent=1) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_json(path, {name: asdict(table) for name, table in tables.items()})
 
 
 def show_costs(console: Console, compression: str, cost: CostTable) -> None:
@@ -62,7 +92,7 @@ def show_costs(console: Console, compression: str, cost: CostTable) -> None:
     console.print(table)
 
 
-def show(console: Console, trace: Trace, cells: list[Cell]) -> None:
+def show(console: Console, trace: Trace, cells: Sequence[Cell]) -> None:
     """Print what was replayed, and a table for each compression and temperature."""
     info = trace.info
     console.print(

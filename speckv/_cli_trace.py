@@ -130,33 +130,20 @@ def replay(
     """
     from rich.console import Console
 
-    from ._cli_output import progress_bar, stderr_console, to_json
-    from ._cli_replay import read_costs, show
-    from .files import write_atomically
-    from .traces.compare import compare, to_dict
-    from .traces.schema import read_trace
+    from ._cli_output import write_json
+    from ._cli_replay import replay_all, show
+    from .traces.compare import to_dict
     from .traces.steps import write_steps
 
-    names = _policies(policies)
-    found = read_trace(trace)
-    tables = found.info.costs if costs is None else read_costs(costs)
-    cells = {(a.compression, a.temperature) for a in found.answers}
-    with progress_bar(stderr_console(), "replaying", len(cells) * len(names)) as advance:
-        compared = compare(
-            found,
-            tables,
-            names,
-            train_share=train_share,
-            seed=seed,
-            advance=lambda: advance(1),
-        )
-    show(Console(highlight=False), found, compared)
+    study = replay_all(trace, policies, costs, train_share=train_share, seed=seed)
+    show(Console(highlight=False), study.trace, study.cells)
     if steps is not None:
-        write_steps(steps.expanduser(), found)
+        write_steps(steps.expanduser(), study.trace)
     if json is not None:
-        document = to_dict(found, tables, compared, train_share=train_share, seed=seed)
-        text = to_json(document, indent=1) + "\n"
-        write_atomically(json.expanduser(), lambda path: path.write_text(text, encoding="utf-8"))
+        document = to_dict(
+            study.trace, study.costs, study.cells, train_share=train_share, seed=seed
+        )
+        write_json(json.expanduser(), document)
 
 
 def train(
@@ -258,41 +245,19 @@ def report(
     seed: SplitSeed = 0,
 ) -> None:
     """Replay policies on a trace and write what came of it: report.html, plots, report.json."""
-    from ._cli_output import progress_bar, stderr_console, to_json
-    from ._cli_replay import read_costs
+    from ._cli_output import stderr_console, write_json
+    from ._cli_replay import replay_all
     from .figures import require_matplotlib
-    from .files import write_atomically
-    from .traces.compare import compare, split_prompts, to_dict
-    from .traces.report import Study, write_report
-    from .traces.schema import read_trace
+    from .traces.compare import to_dict
+    from .traces.report import write_report
 
     require_matplotlib()
-    names = _policies(policies)
-    found = read_trace(trace)
-    tables = found.info.costs if costs is None else read_costs(costs)
+    study = replay_all(trace, policies, costs, train_share=train_share, seed=seed)
     folder = (out or trace.with_name(f"{trace.name}.report")).expanduser()
-    cells = {(a.compression, a.temperature) for a in found.answers}
-    console = stderr_console()
-    with progress_bar(console, "replaying", len(cells) * len(names)) as advance:
-        compared = compare(
-            found, tables, names, train_share=train_share, seed=seed, advance=lambda: advance(1)
-        )
-    study = Study(found, tables, compared, split_prompts(found, train_share, seed))
     path = write_report(study, folder)
-    document = to_dict(found, tables, compared, train_share=train_share, seed=seed)
-    text = to_json(document, indent=1) + "\n"
-    write_atomically(folder / "report.json", lambda p: p.write_text(text, encoding="utf-8"))
-    console.print(f"wrote {path}", markup=False)
-
-
-def _policies(text: str | None) -> tuple[str, ...]:
-    """Names from the command line, checked."""
-    from .traces.tuning import DEFAULT, check_policy
-
-    names = DEFAULT if text is None else tuple(dict.fromkeys(text.split(",")))
-    for name in names:
-        check_policy(name)
-    return names
+    document = to_dict(study.trace, study.costs, study.cells, train_share=train_share, seed=seed)
+    write_json(folder / "report.json", document)
+    stderr_console().print(f"wrote {path}", markup=False)
 
 
 def _of_compressions(found: _Trace, names: list[str]) -> _Trace:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Mapping, Sequence
+from functools import cached_property
 from numbers import Integral
 from threading import Lock
 from typing import Any
@@ -309,9 +310,16 @@ class Engine:
             raise ValueError(
                 f"policy: expected fixed:0, since there is no draft, got {policy.name!r}"
             )
-        if policy.name == "speckv" and not policy.trained and self.draft is not None:
-            return trained_policy(identify(self.target), identify(self.draft)) or policy
-        return policy
+        if policy.name != "speckv" or policy.trained:
+            return policy
+        return self._trained or policy
+
+    @cached_property
+    def _trained(self) -> Policy | None:
+        """The policy that was trained for this pair, if one was."""
+        if self.draft is None:
+            return None
+        return trained_policy(identify(self.target), identify(self.draft))
 
     @property
     def _cannot_draft(self) -> bool:

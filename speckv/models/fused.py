@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,12 +18,14 @@ from speckv.kernels.packed import NF4_BLOCK, Nf4Weight, Weight
 from speckv.models.cache import KVCache
 from speckv.models.config import DecoderConfig
 
+if TYPE_CHECKING:
+    from speckv.kernels import Linear
+
 __all__ = [
     "LAUNCHES_PER_LAYER",
     "ROWS_MAX",
     "FusedLayer",
     "FusedLayers",
-    "FusedProduct",
     "Parameters",
     "can_fuse",
     "fused_product",
@@ -35,14 +37,6 @@ ROWS_MAX = 136
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _HEAD_DIMS = (16, 32, 64, 128, 256)
-
-
-class FusedProduct(Protocol):
-    """A `speckv.kernels.Linear`."""
-
-    columns: int
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None, *, out: Tensor) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -60,12 +54,17 @@ class FusedLayer:
     ``head_norm`` [heads + kv_heads, head_dim] are the weights of the norm of each head, or None.
     """
 
-    qkv: FusedProduct
-    out: FusedProduct
-    gate_up: FusedProduct
-    down: FusedProduct
+    qkv: Linear
+    out: Linear
+    gate_up: Linear
+    down: Linear
     head_norm: Tensor | None
     window: int | None
+
+    @property
+    def products(self) -> list[Linear]:
+        """In the order of use."""
+        return [self.qkv, self.out, self.gate_up, self.down]
 
 
 def can_fuse(config: DecoderConfig, weights: Sequence[Weight], dtype: torch.dtype) -> bool:
@@ -84,7 +83,7 @@ def fused_product(
     norm: Tensor | None = None,
     eps: float = 0.0,
     swiglu: bool = False,
-) -> FusedProduct:
+) -> Linear:
     """A product of up to `ROWS_MAX` rows."""
     from speckv.kernels import Linear  # needs triton
 
@@ -111,8 +110,7 @@ def row_operations(device: torch.device) -> tuple[Callable[..., object], Callabl
 class FusedLayers:
     """All layers of a decoder.
 
-    Products of one decoder share no scratch with each other, but calls do with later calls: they
-    must be on one stream.
+    Products and calls share scratch with each other, so calls must be on one stream.
 
     Parameters
     ----------

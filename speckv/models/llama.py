@@ -243,8 +243,7 @@ class LlamaDecoder:
                 ids = torch.cat((ids, ids.new_zeros(padding)))
         else:
             step = _DeviceStep(self.config.heads, cache, start, slots, (batch, width), context)
-            if self._fuses(batch * width):
-                assert self._fused is not None
+            if self._fused is not None and batch * width <= ROWS_MAX:
                 x = self._weights.embedding.index_select(0, ids)
                 return self._fused(x, self._table, step.blocks, step.slots, cache)
         positions = step.positions(ids.shape[0])
@@ -260,13 +259,9 @@ class LlamaDecoder:
             x = layer.down(layer.swiglu(layer.gate_up(layer.mlp_norm(x))), x)
         return x[: batch * width]
 
-    def _fuses(self, rows: int) -> bool:
-        """Whether the kernels for few rows take so many."""
-        return self._fused is not None and rows <= ROWS_MAX
-
     def _logits(self, hidden: Tensor) -> Tensor:
         head = self._weights.fused_head
-        if head is None or not self._fuses(hidden.shape[0]):
+        if head is None or hidden.shape[0] > ROWS_MAX:
             return self._weights.head(self._weights.norm(hidden))
         logits = hidden.new_empty(hidden.shape[0], self.vocab_size)
         head(hidden, out=logits)

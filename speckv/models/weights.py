@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -14,8 +14,11 @@ from torch import Tensor
 from speckv.errors import ModelError
 from speckv.kernels import cpu, functional
 from speckv.models.config import DecoderConfig
-from speckv.models.fused import FusedLayer, FusedProduct, Parameters, can_fuse, fused_product
+from speckv.models.fused import FusedLayer, Parameters, can_fuse, fused_product
 from speckv.models.quantize import Int8Weight, Nf4Weight, compress, fuse
+
+if TYPE_CHECKING:
+    from speckv.kernels import Linear
 
 __all__ = ["DecoderLayer", "DecoderWeights", "RowOperation", "TensorSource", "build_weights"]
 
@@ -80,7 +83,7 @@ class DecoderWeights:
     norm: RowOperation
     head: RowOperation
     fingerprint: str
-    fused_head: FusedProduct | None = None
+    fused_head: Linear | None = None
 
 
 @dataclass(frozen=True)
@@ -279,6 +282,19 @@ def _norm_and_rope(
     return rope(functional.head_rms_norm(qkv, weight, eps), cos, sin)
 
 
+def _share_scratch(layers: Sequence[DecoderLayer], head: Linear | None = None) -> None:
+    """Let the products of the first layer, the last one and the head have one scratch.
+
+    They run one after the other, and all layers need as much.
+    """
+    fused = [layer.fused for layer in (layers[0], layers[-1]) if layer.fused is not None]
+    if fused:
+        from speckv.kernels.linear import share_scratch  # needs triton
+
+        products = [product for layer in fused for product in layer.products]
+        share_scratch(products if head is None else [*products, head])
+
+
 @torch.inference_mode()
 def build_weights(
     config: DecoderConfig,
@@ -322,15 +338,17 @@ def build_weights(
     if embedding is None:
         embedding = build.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden)
         embedding = embedding.to(dtype)
-    layers = []
+    layers: list[DecoderLayer] = []
     for index in range(config.layers):
         layers.append(build.layer(index))
+        _share_scratch(layers)
         if advance is not None:
             advance()
     norm, head = build.norm_weight("model.norm"), build.head(embedding)
     fused_head = None
     if layers[0].fused is not None:
         fused_head = fused_product(head, dtype, norm=norm, eps=config.eps)
+        _share_scratch(layers[:1], fused_head)
     weights = DecoderWeights(
         embedding, layers, build.norm(norm), build.linear(head), build.fingerprint(), fused_head
     )

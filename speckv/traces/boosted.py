@@ -18,6 +18,7 @@ from ..kernels.layout import GAMMA_MAX, WIDTH_MAX
 from ..policies import CostTable, Policy
 from ..policies.mlp import SHAPES, Mlp
 from ..policies.policy import mlp_policy
+from .calibration import surprise
 from .decisions import Decisions, Explorer, decisions, join_decisions
 from .packed import PackedController, expected_tokens
 from .replay import Controller, replay, solve_rate
@@ -114,7 +115,7 @@ def _fit(kind: Any, train: Decisions, validation: Decisions, k: int) -> Any:
     if min(outcome.sum(), (~outcome).sum()) < 2 or not len(held):
         return float(outcome.mean()) if len(outcome) else 0.0
     most = kind(max_iter=_MOST_ROUNDS, early_stopping=False, **_SETTINGS).fit(features, outcome)
-    losses = [_log_loss(p[:, 1], held_outcome) for p in most.staged_predict_proba(held)]
+    losses = [surprise(p[:, 1], held_outcome).mean() for p in most.staged_predict_proba(held)]
     rounds = int(np.argmin(losses)) + 1
     return kind(max_iter=rounds, early_stopping=False, **_SETTINGS).fit(features, outcome)
 
@@ -122,8 +123,3 @@ def _fit(kind: Any, train: Decisions, validation: Decisions, k: int) -> Any:
 def _known(examples: Decisions, k: int) -> tuple[np.ndarray, np.ndarray]:
     known = examples.known[:, k]
     return examples.features[known], examples.survived[known, k]
-
-
-def _log_loss(p: np.ndarray, outcome: np.ndarray) -> float:
-    clipped = np.clip(p, 1e-7, 1 - 1e-7)
-    return float(-np.log(np.where(outcome, clipped, 1 - clipped)).mean())

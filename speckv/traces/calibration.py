@@ -51,9 +51,15 @@ def survival(mlp: Mlp, features: np.ndarray) -> np.ndarray:
 
 def log_loss(mlp: Mlp, examples: Decisions) -> float:
     """Bits per known outcome."""
-    p = np.clip(survival(mlp, examples.features), 1e-7, 1 - 1e-7)
-    surprise = -np.log2(np.where(examples.survived, p, 1 - p))
-    return float(surprise[examples.known].mean())
+    bits = surprise(survival(mlp, examples.features), examples.survived)
+    return float(bits[examples.known].mean())
+
+
+def surprise(p: np.ndarray, outcome: np.ndarray) -> np.ndarray:
+    """Bits of each outcome, bool, that was given probability ``p``."""
+    clipped = np.clip(p, 1e-7, 1 - 1e-7)
+    bits: np.ndarray = -np.log2(np.where(outcome, clipped, 1 - clipped))
+    return bits
 
 
 def survival_logits(x: Tensor, parameters: Sequence[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,22 +31,13 @@ from ..models.loading import load_model
 from ..models.pairing import eos_token_ids, load_draft
 from ..models.tokenizers import encode_prompts
 from ..prompts import Prompt
+from ..reporter import Reporter
 from ..sampling import SamplingParams
 from .record import record
 from .schema import Answer, Rows, TraceInfo, read_parts, write_trace
 
 _TOGETHER = 16
 """Answers that are decoded together; what an interruption loses."""
-
-
-class Reporter(Protocol):
-    """What a recording tells while it runs."""
-
-    def stage(self, name: str, total: int) -> None:
-        """A stage of ``total`` tokens, at most, begins."""
-
-    def advance(self, units: int, note: str) -> None:
-        """So many more are done."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from ..models.slice_draft import SliceManifest, rounded, save_slice_draft
 from ..models.weights import TensorSource
 from ..policies import CostTable
 from ..prompts import Prompt
+from ..reporter import Reporter
 from .acceptance import count_accepted, predict_speedup
 from .card import to_markdown
 from .corpus import Corpus, CorpusRecipe
@@ -87,19 +88,6 @@ class DistillRecipe:
             raise ValueError(f"heads: expected sizes from 1 on, got {list(self.heads)}")
         if any(not candidate for candidate in self.layers):
             raise ValueError("layers: expected at least one layer in each candidate, got none")
-
-
-class Reporter(Protocol):
-    """What a distillation tells while it runs."""
-
-    def stage(self, name: str, total: int) -> None:
-        """A stage of ``total`` units begins."""
-
-    def advance(self, units: int, note: str) -> None:
-        """So many more units are done; ``note`` is a few words on how it goes."""
-
-    def line(self, text: str) -> None:
-        """Something to keep."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from ..kernels.layout import GAMMA_MAX, WIDTH_MAX
 from ..policies import CostTable, Policy
 from ..policies.mlp import Mlp, Record
 from ..policies.policy import COMPRESSION_INDEX, mlp_policy
+from ..reporter import Reporter
 from ..traces.baselines import Static
 from ..traces.calibration import calibration, log_loss, survival_logits
 from ..traces.compare import split_prompts
@@ -37,19 +37,6 @@ _AHEAD = 2
 """Decisions learned from beyond those that a policy took, in each step."""
 
 _likelihood = torch.nn.functional.binary_cross_entropy_with_logits
-
-
-class Reporter(Protocol):
-    """What a training tells while it runs."""
-
-    def stage(self, name: str, total: int) -> None:
-        """A stage of ``total`` units begins."""
-
-    def advance(self, units: int, note: str) -> None:
-        """So many more units are done; ``note`` is a few words on how it goes."""
-
-    def line(self, text: str) -> None:
-        """Something to keep."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def build(compression: str) -> LlamaDecoder:
-    config = roofline.shape(roofline._TINY)
+    config = roofline.shape(roofline.TINY)
     return LlamaDecoder.from_tensors(
         config,
         roofline.RandomTensors(config, CPU),

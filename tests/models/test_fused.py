@@ -12,22 +12,18 @@ import torch
 from torch import Tensor
 
 import speckv.kernels
+from bench.roofline import TINY
 from speckv.kernels.linear_config import Config, Scratch
 from speckv.kernels.packed import Nf4Weight
 from speckv.models import fused, weights
 from speckv.models.config import DecoderConfig
-from speckv.models.fused import LAUNCHES_PER_LAYER, ROWS_MAX, FusedProduct, Parameters
+from speckv.models.fused import LAUNCHES_PER_LAYER, ROWS_MAX, Parameters
 from speckv.models.llama import LlamaDecoder
 from tests.models.conftest import VOCAB, seeded
 
 SIZES = {
+    **TINY,
     "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
     "max_position_embeddings": 1024,
     "initializer_range": 0.15,
 }
@@ -219,9 +215,10 @@ class Interpreted:
     ) -> None:
         weight = parameters.weight
         rows, depth = weight.shape
-        self.columns = rows // 2 if swiglu else rows
+        columns = rows // 2 if swiglu else rows
+        self.scratch = None
         self._config = Config(block_n=32, block_k=64, splits=min(2, -(-depth // 64)))
-        self._scratch = Scratch.allocate(ROWS_MAX, self.columns, self._config, "cpu", swiglu=swiglu)
+        self._scratch = Scratch.allocate(ROWS_MAX, columns, self._config, "cpu", swiglu=swiglu)
         table = weight.table.to(dtype) if isinstance(weight, Nf4Weight) else None
         self._launch = partial(
             LINEAR.linear_out,
@@ -243,7 +240,7 @@ class Interpreted:
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every kernel of a fused forward runs in the interpreter."""
 
-    def product(*arguments: Any, **options: Any) -> FusedProduct:
+    def product(*arguments: Any, **options: Any) -> Interpreted:
         return Interpreted(*arguments, **options)
 
     def attention(queries: Tensor, cache: Tensor, *arguments: Any, **options: Any) -> None:
@@ -299,6 +296,21 @@ def test_the_bits_of_a_row_do_not_depend_on_the_width(
     cache = model.new_cache(2, 32)
     both = model.forward(torch.stack((tokens[100:112], text)), [0, 0], cache)
     assert torch.equal(both[1], alone)
+
+
+def test_products_of_a_decoder_share_the_largest_scratch() -> None:
+    model = build("llama", "bf16")
+    layers = [layer.fused for layer in model._weights.layers]
+    sizes = (3, 9, 5, 2)
+    for layer in layers:
+        assert layer is not None
+        for product, size in zip(layer.products, sizes, strict=True):
+            product.scratch = Scratch(torch.zeros(size), torch.zeros(9 - size, dtype=torch.int32))
+    weights._share_scratch(model._weights.layers)
+    shared = {id(p.scratch) for layer in layers if layer is not None for p in layer.products}
+    assert len(shared) == 1
+    scratch = model._weights.layers[0].fused.products[0].scratch  # type: ignore[union-attr]
+    assert scratch is not None and (len(scratch.partials), len(scratch.counters)) == (9, 7)
 
 
 def test_fusing_needs_what_the_constants_say() -> None:
