@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from .draft_step import draft_step as draft_step
     from .linear import Linear as Linear
     from .linear import linear as linear
+    from .loop_step import close_step as close_step
+    from .loop_step import publish_conditions as publish_conditions
+    from .loop_step import step_inputs as step_inputs
     from .rejection import VerifyRejection as VerifyRejection
     from .rejection import verify_rejection as verify_rejection
     from .rms_norm import rms_norm as rms_norm
@@ -36,11 +39,14 @@ PUBLIC = {
     "Verify": "verify",
     "VerifyRejection": "rejection",
     "attention": "attention",
+    "close_step": "loop_step",
     "cutoff": "cutoff",
     "draft_step": "draft_step",
     "linear": "linear",
+    "publish_conditions": "loop_step",
     "rms_norm": "rms_norm",
     "rope_append": "rope_append",
+    "step_inputs": "loop_step",
     "verify": "verify",
     "verify_rejection": "rejection",
 }

@@ -7,7 +7,7 @@ names below are the only way either is indexed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ STEP = 8  # verifications so far, that after prefill included; keys rejection's 
 PLAIN_RUN = 9  # consecutive steps with γ=0
 REQUEST = 10  # request id, keys the noise
 ERROR = 11  # bits ERROR_DRAFT, ERROR_TARGET
+DRAFT_LENGTH = 12  # committed tokens that the draft's cache holds; loops without a host keep it
+REPORTED = 13  # non-zero: the row's error stands in `LoopState.records`
 ROW_WORDS = 16
 
 RUNNING, DONE_STOP, DONE_LENGTH, DONE_ERROR = range(4)
@@ -86,6 +88,31 @@ FEATURE_COMPRESSION = 8  # one-hot over 8, 9, 10
 FEATURE_ACCEPTANCE = 11
 FEATURE_GAMMA = 15  # LAYOUT_PAPER only: the candidate γ; LAYOUT_SURVIVAL sees zero
 
+# Words of `LoopState.control` (int32 [CONTROL_WORDS]).
+GENERATION = 0  # number of the generation under way, from 1: marks every word meant for the host
+STEPS = 1  # steps closed
+MOST_STEPS = 2  # bound of STEPS
+TICKET = 3  # how often the conditions were published
+CONTROL_WORDS = 4
+
+# Words of `LoopState.conditions`.
+RUNNING_ROWS = 0  # 1: some row is not done, and STEPS is below its bound
+DRAFTING_ROWS = 1  # 1: some row is neither done nor stopped
+LAGGING_ROWS = 2  # 1: the draft's cache lacks more than two tokens of such a row
+MOST_DRAFTED = 3  # the largest DRAFTED of the rows that are not done
+CONDITIONS = 4
+
+# Bits of a word of `LoopState.records`, below the generation's number.
+RECORD_ACCEPTED = 8
+RECORD_COMMITTED = 16
+RECORD_DONE = 24
+RECORD_ERROR = 28
+
+# What a forward of `step_inputs` is for.
+INPUTS_CATCH_UP, INPUTS_FIRST, INPUTS_NEXT, INPUTS_VERIFY = range(4)
+INPUT_WIDTHS = (WIDTH_MAX, 2, 1)
+"""Tokens a row that the three forwards of the draft take."""
+
 # Purposes of random draws: the lowest byte of the fourth Philox counter word.
 NOISE_COUPLED, NOISE_DRAFT, NOISE_ACCEPT, NOISE_RESIDUAL, NOISE_BONUS = range(5)
 
@@ -136,3 +163,80 @@ class StepState:
         self.rows[row] = torch.tensor(words, dtype=torch.int32)
         self.running[row] = torch.tensor(RUNNING_START)
         self.sequence[row, : len(prompt)] = torch.tensor(prompt, dtype=torch.int32)
+
+
+@dataclass(frozen=True)
+class LoopState:
+    """What a loop without a host, and the host that watches it, tell each other.
+
+    A word for the host holds the number of the generation, or the ticket, in its upper half: the
+    host knows a word by it, so none is ever cleared, and nothing is waited for but the word.
+
+    Attributes
+    ----------
+    control : int32 [CONTROL_WORDS]
+    conditions : int64 [CONDITIONS]
+        ``ticket << 32 | value``.
+    cancel : int32 [B]
+        Non-zero: the row ends with the step under way. Written by the host.
+    tokens : int64 [B, S]
+        ``generation << 32 | token`` of every committed position.
+    records : int64 [B, S]
+        Of every step of a row, that after prefill first: ``generation << 32``, ERROR, DONE,
+        COMMITTED, ACCEPTED and γ.
+    signals : float32 [B, S, GAMMA_MAX, SIGNALS] or None
+        Of the draft tokens of the steps in ``records``.
+    """
+
+    control: Tensor
+    conditions: Tensor
+    cancel: Tensor
+    tokens: Tensor
+    records: Tensor
+    signals: Tensor | None = None
+
+    @classmethod
+    def allocate(
+        cls,
+        batch: int,
+        capacity: int,
+        device: torch.device | str = "cpu",
+        *,
+        conditions_on_host: bool = True,
+        signals: bool = False,
+    ) -> LoopState:
+        """For ``batch`` sequences of at most ``capacity`` tokens.
+
+        On CUDA what the host reads or writes is pinned memory, which both see at one address;
+        ``conditions_on_host`` says whether the conditions are.
+        """
+        on_cuda = torch.device(device).type == "cuda"
+
+        def shared(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, pin_memory=on_cuda)
+
+        if conditions_on_host:
+            conditions = shared(CONDITIONS, dtype=torch.int64)
+        else:
+            conditions = torch.zeros(CONDITIONS, dtype=torch.int64, device=device)
+        kept = None
+        if signals:
+            kept = torch.zeros(batch, capacity, GAMMA_MAX, SIGNALS, device=device)
+        return cls(
+            control=torch.zeros(CONTROL_WORDS, dtype=torch.int32, device=device),
+            conditions=conditions,
+            cancel=shared(batch, dtype=torch.int32),
+            tokens=shared(batch, capacity, dtype=torch.int64),
+            records=shared(batch, capacity, dtype=torch.int64),
+            signals=kept,
+        )
+
+    def narrow(self, batch: int) -> LoopState:
+        """A view of the first ``batch`` rows."""
+        return replace(
+            self,
+            cancel=self.cancel[:batch],
+            tokens=self.tokens[:batch],
+            records=self.records[:batch],
+            signals=None if self.signals is None else self.signals[:batch],
+        )

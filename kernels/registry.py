@@ -29,6 +29,7 @@ MODULES = (
     "rms_norm",
     "rope_append",
     "attention",
+    "loop_step",
 )
 """Modules of this package that export ``SPECS``."""
 
@@ -120,7 +121,7 @@ class CompiledResources:
     @cached_property
     def sass(self) -> str:
         """The disassembly, one instruction a line."""
-        return _cuobjdump("-sass", self.cubin)
+        return disassemble(self.cubin)
 
     @cached_property
     def instructions(self) -> int:
@@ -193,17 +194,46 @@ def compile_variant(spec: KernelSpec, variant: Variant, arch: str) -> CompiledRe
     target = GPUTarget("cuda", int(number[1]), 32)
     compiled = triton.compile(source, target=target, options=options)
     cubin: bytes = compiled.asm["cubin"]
-    usage = dict(re.findall(r"(\w+):(\d+)", _cuobjdump("-res-usage", cubin)))
+    usage = resource_usage(cubin)
     return CompiledResources(
         kernel=spec.name,
         variant=variant.name,
         arch=arch,
-        registers=int(usage["REG"]),
-        spills=int(usage["STACK"]) + int(usage["LOCAL"]),
+        registers=usage["REG"],
+        spills=usage["STACK"] + usage["LOCAL"],
         shared_bytes=int(compiled.metadata.shared),
         cubin=cubin,
         ptx=compiled.asm["ptx"],
     )
+
+
+def assemble(ptx: str, arch: str) -> bytes:
+    """The cubin of a PTX text.
+
+    Raises
+    ------
+    RuntimeError
+        What the assembler says.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(ptx)
+        command = [str(_tool("ptxas")), f"-arch={arch}", str(source), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"ptxas failed: {done.stderr.strip()}")
+        return target.read_bytes()
+
+
+def disassemble(cubin: bytes) -> str:
+    """One instruction a line."""
+    return _cuobjdump("-sass", cubin)
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    """What the kernel of a cubin uses, by the assembler's names: REG, STACK, LOCAL, SHARED, ..."""
+    found = re.findall(r"(\w+):(\d+)", _cuobjdump("-res-usage", cubin))
+    return {name: int(value) for name, value in found}
 
 
 @cache

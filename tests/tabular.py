@@ -59,12 +59,14 @@ class TabularModel:
         cache: TabularCache,
         *,
         slots: Sequence[int] | Tensor | None = None,
-        select: Sequence[int] | Tensor | None = None,
+        select: Sequence[int] | Tensor | int | None = None,
         context: int | None = None,
     ) -> Tensor:
         batch, width = tokens.shape
         rows = torch.arange(batch) if slots is None else torch.as_tensor(slots)
-        position = torch.as_tensor(start).long()[:, None] + torch.arange(width)  # [B, W]
+        first = torch.as_tensor(start).long()
+        first = first[:, :1] if first.ndim == 2 else first[:, None]
+        position = first + torch.arange(width)  # [B, W]
         last = tokens.long()
         cache.tokens[rows[:, None], position + 1] = last
         before = cache.tokens[rows[:, None], position]

@@ -114,7 +114,7 @@ class TransformersAdapter:
         cache: KVCache,
         *,
         slots: Sequence[int] | Tensor | None = None,
-        select: Sequence[int] | Tensor | None = None,
+        select: Sequence[int] | Tensor | int | None = None,
         context: int | None = None,
     ) -> Tensor:
         """Process a block of positions; see :meth:`speckv.models.base.CausalModel.forward`.

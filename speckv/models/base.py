@@ -69,7 +69,7 @@ class CausalModel(Protocol):
         cache: KVCache,
         *,
         slots: Sequence[int] | Tensor | None = None,
-        select: Sequence[int] | Tensor | None = None,
+        select: Sequence[int] | Tensor | int | None = None,
         context: int | None = None,
     ) -> Tensor:
         """Process a block of new positions of several sequences.
@@ -79,15 +79,16 @@ class CausalModel(Protocol):
         tokens : Tensor [batch, width] int64 or int32
             Token ids. Columns beyond a sequence's real block may hold any valid id: what they write
             lies beyond the sequence's length and is overwritten later.
-        start : sequence of int, or Tensor [batch] int
-            Position of ``tokens[:, 0]`` in each sequence; positions below it must be in the cache.
-            On the CPU a list saves a conversion; on CUDA a tensor saves a transfer.
+        start : sequence of int, or Tensor [batch] int, or Tensor [batch, width] int64
+            Position of ``tokens[:, 0]`` in each sequence, or of every token; positions below it
+            must be in the cache. On the CPU a list saves a conversion; on CUDA a tensor saves a
+            transfer.
         cache : KVCache
             Mutated: rows ``start .. start + width - 1`` of the slots are written.
         slots : sequence of int, or Tensor [batch] int, optional
             Cache slot of each sequence; 0 .. batch - 1 by default.
-        select : sequence of int, or Tensor [batch] int, optional
-            Column of each sequence whose logits are wanted.
+        select : sequence of int, or Tensor [batch] int, or int, optional
+            Column of each sequence, or of all, whose logits are wanted.
         context : int, optional
             Upper bound of ``start + width`` over the batch, known on the host. On CUDA it bounds
             the attended context (default: the whole cache); the CPU knows it from ``start``.

@@ -100,14 +100,14 @@ def host_slots(slots: Sequence[int] | Tensor | None, batch: int, cache: KVCache)
 def host_positions(
     start: Sequence[int] | Tensor, batch: int, width: int, cache: KVCache
 ) -> list[int]:
-    """Start positions as integers.
+    """Start positions as integers, of a `CausalModel.forward`.
 
     Raises
     ------
     ValueError
         If their number is not ``batch``, or a block of ``width`` positions leaves the cache.
     """
-    found = _ints(start)
+    found = _ints(start[:, 0] if isinstance(start, Tensor) and start.ndim == 2 else start)
     if len(found) != batch or min(found) < 0 or max(found) + width > cache.rows:
         raise ValueError(
             f"start: expected {batch} positions from which {width} more fit into "

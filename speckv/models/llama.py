@@ -186,7 +186,7 @@ class LlamaDecoder:
         cache: KVCache,
         *,
         slots: Sequence[int] | Tensor | None = None,
-        select: Sequence[int] | Tensor | None = None,
+        select: Sequence[int] | Tensor | int | None = None,
         context: int | None = None,
     ) -> Tensor:
         """Process a block of positions; see :meth:`speckv.models.base.CausalModel.forward`."""
@@ -194,6 +194,8 @@ class LlamaDecoder:
         hidden = self._hidden(tokens, start, cache, slots, context)
         if select is None:
             return self._logits(hidden).view(batch, width, self.vocab_size)
+        if isinstance(select, int):
+            return self._logits(hidden.view(batch, width, -1)[:, select].contiguous())
         column = torch.as_tensor(select, dtype=torch.int64, device=self.device)
         first = torch.arange(0, batch * width, width, device=self.device)
         return self._logits(hidden.index_select(0, first + column))
@@ -365,8 +367,10 @@ class _DeviceStep:
         device = cache.kv[0].device
         self._heads, self._cache, self._shape = heads, cache, shape
         self._context = min(cache.rows, round_up_context(context or cache.rows))
-        first = torch.as_tensor(start, dtype=torch.int64, device=device)
-        self.blocks = first[:, None] + torch.arange(width, device=device)
+        blocks = torch.as_tensor(start, dtype=torch.int64, device=device)
+        if blocks.ndim == 1:
+            blocks = blocks[:, None] + torch.arange(width, device=device)
+        self.blocks = blocks
         self._slots = (
             None if slots is None else torch.as_tensor(slots, dtype=torch.int64, device=device)
         )

@@ -1,0 +1,286 @@
+"""The loop that follows a plan gives the eager loop's steps and tokens; plans by hand."""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from speckv.decoding import EagerLoop, RequestBatch, plan, works
+from speckv.decoding.eager import StepRecord
+from speckv.decoding.planned import PlannedLoop
+from speckv.errors import NumericsError
+from speckv.kernels import layout as at
+from speckv.policies import parse_policy
+from speckv.sampling import SamplingParams
+from tests.decoding import grid
+from tests.decoding.loops import COST
+from tests.decoding.tiny import wrapped
+
+CPU = torch.device("cpu")
+CAPACITY = max(len(p) + n for p, n in zip(grid.PROMPTS, grid.NEW_TOKENS, strict=True))
+
+
+def batch_of(sampling: str, rows: list[int], eos: list[int], most: int = 99) -> RequestBatch:
+    params = [replace(p, max_new_tokens=min(p.max_new_tokens, most)) for p in grid.params(sampling)]
+    return RequestBatch.build(
+        [grid.PROMPTS[i] for i in rows],
+        [params[i] for i in rows],
+        eos_ids=eos,
+        max_length=CAPACITY,
+        device=CPU,
+    )
+
+
+def packed(policy: str) -> Tensor:
+    return parse_policy(policy).pack(cost=COST)
+
+
+def by_row(records: Iterator[list[StepRecord]]) -> dict[int, list[StepRecord]]:
+    """Records in order, row by row: loops may tell several rows' steps apart differently."""
+    found: dict[int, list[StepRecord]] = {}
+    for step in records:
+        for record in step:
+            found.setdefault(record.row, []).append(record)
+    return found
+
+
+POLICIES = ["fixed:0", *grid.POLICIES]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("sampling", sorted(grid.SAMPLINGS))
+@pytest.mark.parametrize("rows", [[1], [0, 1, 2, 3]], ids=["B1", "B4"])
+@pytest.mark.parametrize("draft", ["perturbed", "random"])
+def test_steps_of_the_eager_loop(policy: str, sampling: str, rows: list[int], draft: str) -> None:
+    target, model = wrapped("llama", "target", "fp32"), wrapped("llama", draft, "fp32")
+    size = {"batch": len(rows), "capacity": CAPACITY}
+    planned = PlannedLoop(target, model, **size)
+    for eos in ([], grid.EOS):
+        requests = batch_of(sampling, rows, eos)
+        eager = EagerLoop(target, model, **size)
+        expected = by_row(eager.run(requests, packed(policy)))
+        assert by_row(planned.run(requests, packed(policy))) == expected
+
+
+@pytest.mark.parametrize("compression", ["bf16", "int8", "nf4"])
+@pytest.mark.parametrize("sampling", ["greedy", "mixed"])
+def test_compressed_targets(compression: str, sampling: str) -> None:
+    target = wrapped("llama", "target", compression)
+    draft = wrapped("llama", "perturbed", compression)
+    requests = batch_of(sampling, [0, 1, 2, 3], grid.EOS)
+    loops = [kind(target, draft, batch=4, capacity=CAPACITY) for kind in (EagerLoop, PlannedLoop)]
+    eager, planned = (by_row(loop.run(requests, packed("confidence:0.6"))) for loop in loops)
+    assert planned == eager
+
+
+def test_one_loop_for_many_requests() -> None:
+    """Forms, batches and policies in turn; what a former request left is of no effect."""
+    target, draft = wrapped("llama", "target", "fp32"), wrapped("llama", "perturbed", "fp32")
+    planned = PlannedLoop(target, draft, batch=4, capacity=CAPACITY)
+    eager = EagerLoop(target, draft, batch=4, capacity=CAPACITY)
+    turns = [("greedy", [0, 1, 2, 3], "fixed:4"), ("sampled", [2], "entropy:1.5")]
+    turns += [("truncated", [3, 1], "fixed:4"), ("greedy", [3, 0, 1, 2], "fixed:0")]
+    for sampling, rows, policy in turns + turns[:3]:
+        requests = batch_of(sampling, rows, grid.EOS)
+        expected = by_row(eager.run(requests, packed(policy)))
+        assert by_row(planned.run(requests, packed(policy))) == expected
+
+
+@pytest.mark.parametrize("reach", [8, 24, 40])
+def test_a_draft_of_a_short_context(reach: int) -> None:
+    """Rows that the draft cannot reach go on without it."""
+    target, draft = wrapped("llama", "target", "fp32"), wrapped("llama", "perturbed", "fp32")
+    requests = batch_of("sampled", [0, 1, 2, 3], [])
+    steps = []
+    for kind in (EagerLoop, PlannedLoop):
+        loop = kind(target, _Short(draft, reach), batch=4, capacity=CAPACITY)
+        steps.append(by_row(loop.run(requests, packed("fixed:3"))))
+    assert steps[0] == steps[1]
+    gammas = {record.gamma for rows in steps[1].values() for record in rows}
+    assert gammas >= ({0} if reach == 8 else {0, 3})
+
+
+class _Short:
+    """A model of a shorter context."""
+
+    def __init__(self, model: Any, reach: int) -> None:
+        self._model, self.max_positions = model, reach
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def test_a_row_that_the_host_ends() -> None:
+    target, draft = wrapped("llama", "target", "fp32"), wrapped("llama", "perturbed", "fp32")
+    requests = batch_of("greedy", [0, 1, 2, 3], [])
+    loop = PlannedLoop(target, draft, batch=4, capacity=CAPACITY)
+    whole = by_row(loop.run(requests, packed("fixed:2")))
+    cut: dict[int, list[StepRecord]] = {}
+    for records in loop.run(requests, packed("fixed:2")):
+        for record in records:
+            cut.setdefault(record.row, []).append(record)
+            if record.row == 2 and len(cut[2]) == 3:
+                loop.finish(2)
+    assert len(whole[2]) > 4 and cut[2] == whole[2][:3]
+    assert {row: cut[row] for row in (0, 1, 3)} == {row: whole[row] for row in (0, 1, 3)}
+
+
+def test_signals_are_kept() -> None:
+    target, draft = wrapped("llama", "target", "fp32"), wrapped("llama", "perturbed", "fp32")
+    loop = PlannedLoop(target, draft, batch=1, capacity=CAPACITY, keep_signals=True)
+    (records,) = by_row(loop.run(batch_of("greedy", [0], []), packed("fixed:3"))).values()
+    signals = loop._shared.signals
+    assert signals is not None
+    for step, record in enumerate(records[1:], start=1):
+        kept = signals[0, step, : record.gamma]
+        assert (kept[:, at.CONFIDENCE] > 0).all() and (kept[:, at.CONFIDENCE] <= 1).all()
+
+
+def test_logits_without_a_token() -> None:
+    target, draft = wrapped("llama", "target", "fp32"), wrapped("llama", "perturbed", "fp32")
+    for model, name in ((target, "target"), (draft, "draft")):
+        broken = _Broken(model, after=2)
+        pair = (broken, draft) if name == "target" else (target, broken)
+        loop = PlannedLoop(*pair, batch=1, capacity=CAPACITY)  # type: ignore[arg-type]
+        with pytest.raises(NumericsError, match=f"the {name} model's logits hold NaN"):
+            list(loop.run(batch_of("greedy", [0], []), packed("fixed:3")))
+
+
+class _Broken:
+    """A model whose forwards give NaN after a few."""
+
+    def __init__(self, model: Any, after: int) -> None:
+        self._model, self._left = model, after
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def forward(self, *arguments: Any, **options: Any) -> Tensor:
+        self._left -= 1
+        logits: Tensor = self._model.forward(*arguments, **options)
+        return logits if self._left >= 0 else torch.full_like(logits, torch.nan)
+
+
+def test_what_a_planned_loop_refuses() -> None:
+    target, draft = wrapped("llama", "target", "fp32"), wrapped("llama", "perturbed", "fp32")
+    loop = PlannedLoop(target, draft, batch=1, capacity=CAPACITY)
+    with pytest.raises(ValueError, match="expected at most 1 rows"):
+        next(loop.run(batch_of("greedy", [0, 1], []), packed("fixed:2")))
+    params = [SamplingParams(temperature=1.0, seed=1, coupling="rejection", max_new_tokens=3)]
+    rejection = RequestBatch.build([[1, 2]], params, eos_ids=[], max_length=9, device=CPU)
+    with pytest.raises(ValueError, match="coupling: expected 'gumbel'"):
+        next(loop.run(rejection, packed("fixed:2")))
+    alone = PlannedLoop(target, None, batch=1, capacity=CAPACITY)
+    with pytest.raises(ValueError, match="draft: expected a model"):
+        next(alone.run(batch_of("greedy", [0], []), packed("fixed:2")))
+    assert by_row(alone.run(batch_of("greedy", [0], []), packed("fixed:0")))
+
+
+def followed(gamma_cap: int, steps: list[int], lags: list[int]) -> list[str]:
+    """The works of a generation whose steps draft ``steps`` tokens, after catching up ``lags``."""
+    state = {"step": 0, "drafted": 0, "lag": lags[0]}
+
+    def run(name: str) -> None:
+        if name == plan.CATCH_UP:
+            state["lag"] -= 1
+        elif name in (plan.FIRST, plan.NEXT):
+            state["drafted"] += 1
+        elif name == plan.CLOSE:
+            state["step"] += 1
+            state["drafted"] = 0
+            state["lag"] = lags[state["step"]] if state["step"] < len(steps) else 0
+
+    def read(conditions: list[int]) -> list[int]:
+        running = state["step"] < len(steps)
+        wanted = steps[state["step"]] if running else 0
+        values = {
+            at.RUNNING_ROWS: int(running),
+            at.DRAFTING_ROWS: int(state["drafted"] < wanted),
+            at.LAGGING_ROWS: int(state["lag"] > 0),
+            at.MOST_DRAFTED: state["drafted"],
+        }
+        return [values[c] for c in conditions]
+
+    begin, *names = plan.follow(plan.generation_plan(gamma_cap), run, read)
+    assert begin == plan.BEGIN
+    return names
+
+
+def test_works_in_order() -> None:
+    assert followed(0, [0, 0], [0, 0]) == ["verify-1", "close"] * 2
+    assert followed(3, [2, 0, 1], [0, 0, 2]) == (
+        ["first", "next", "verify-3", "close", "verify-1", "close"]
+        + ["catch-up", "catch-up", "first", "verify-2", "close"]
+    )
+    assert followed(1, [1], [0]) == ["first", "verify-2", "close"]
+
+
+def test_what_a_plan_needs() -> None:
+    whole = plan.generation_plan(2)
+    assert plan.works(whole) == [
+        *("begin", "catch-up", "first", "next", "verify-1", "verify-2", "verify-3", "close")
+    ]
+    assert plan.handles(whole) == ["running", "lagging", "drafting", "more", "width"]
+    assert plan.works(plan.generation_plan(0)) == ["begin", "verify-1", "close"]
+    with pytest.raises(ValueError, match="gamma_cap: expected 0 to 15, got 16"):
+        plan.generation_plan(16)
+
+
+def test_launches_of_a_step() -> None:
+    launches = {"catch-up": 1000, "first": 20, "next": 10, "close": 2}
+    launches |= {f"verify-{w}": 100 + w for w in range(1, 5)}
+    steps = [plan.launches_per_step(plan.generation_plan(3), launches, g) for g in range(4)]
+    ends = 2 + 1  # close, and the conditions of the next step
+    assert steps == [101 + ends, 102 + 21 + ends, 103 + 21 + 11 + ends, 104 + 21 + 22 + ends]
+    plain = plan.launches_per_step(plan.generation_plan(0), launches, 0)
+    assert plain == 101 + ends
+
+
+@pytest.mark.interpreter
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("rows", [[1], [0, 1, 2, 3]], ids=["B1", "B4"])
+@pytest.mark.parametrize(
+    ("policy", "sampling"),
+    [
+        *((policy, sampling) for policy in POLICIES for sampling in ("greedy", "sampled")),
+        ("speckv", "truncated"),
+    ],
+)
+def test_kernels_through_the_plan(
+    policy: str, sampling: str, rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kernel of a step runs in the interpreter, in the order of the device's plan."""
+    from tests.kernels.test_decoding import Interpreted
+
+    target, draft = wrapped("llama", "target", "fp32"), wrapped("llama", "perturbed", "fp32")
+    requests = batch_of(sampling, rows, grid.EOS, most=9)
+    size = {"batch": len(rows), "capacity": CAPACITY}
+    expected = by_row(EagerLoop(target, draft, **size).run(requests, packed(policy)))
+    kernels = Interpreted()
+    loop_step = works.launches(importlib.import_module("speckv.kernels.loop_step"))
+    launched: Counter[str] = Counter()
+
+    def counting(name: str) -> Any:
+        def launch(*arguments: Any, **options: Any) -> None:
+            launched[name] += 1
+            getattr(loop_step, name)(*arguments, **options)
+
+        return launch
+
+    between = type(loop_step)(**{name: counting(name) for name in vars(loop_step)})
+    monkeypatch.setattr(works, "operations", lambda device: kernels)
+    monkeypatch.setattr(works, "step_operations", lambda device: between)
+    assert by_row(PlannedLoop(target, draft, **size).run(requests, packed(policy))) == expected
+    steps = max(len(records) for records in expected.values())
+    assert launched["close_step"] == kernels.launches["verify"] == steps
+    drafts = kernels.launches["draft_step"]
+    assert (drafts > 0) == (policy != "fixed:0")
+    assert launched["step_inputs"] >= steps - 1 + drafts
+    assert launched["publish_conditions"] >= steps + drafts
