@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 COMPRESSIONS = ("fp32", "fp16", "bf16", "int8", "nf4")
 DTYPES = ("fp32", "fp16", "bf16")
+LOOPS = ("auto", "device", "graphed", "eager")
 GAMMA_MAX = 15
 DEFAULT_POLICY = "speckv"
 
@@ -51,6 +52,12 @@ Dtype = Annotated[
 ]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda or cuda:N. [default: cuda if there is one]")
+]
+Loop = Annotated[
+    str,
+    typer.Option(
+        help=f"Who steps: {', '.join(LOOPS)}. auto takes the least of the host that works here."
+    ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Stop after N new tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
@@ -87,6 +94,8 @@ class ModelOptions:
         One of ``DTYPES``, or ``None`` to follow the compression.
     policy : str
         A policy name such as ``"fixed:4"``; its own syntax is the engine's to check.
+    loop : str
+        One of ``LOOPS``.
 
     Raises
     ------
@@ -100,6 +109,7 @@ class ModelOptions:
     dtype: str | None
     policy: str
     device: str | None
+    loop: str = "auto"
 
     def __post_init__(self) -> None:
         if self.compression is not None:
@@ -118,6 +128,7 @@ class ModelOptions:
         ):
             if value is not None and not value.strip():
                 raise ValueError(f"{option}: expected a name, got an empty string")
+        _one_of("--loop", self.loop, LOOPS)
         if self.device is not None:
             kind, _, index = self.device.partition(":")
             if kind not in ("cpu", "cuda") or (":" in self.device and not index.isdecimal()):

@@ -61,6 +61,7 @@ def load_engine(model: opt.ModelOptions) -> Engine:
             compression=model.compression,
             policy=model.policy,
             device=model.device,
+            loop=model.loop,
             dtype=model.dtype,
             progress=True,
         )
@@ -100,6 +101,7 @@ def generate(
     compression: opt.Compression = None,
     dtype: opt.Dtype = None,
     device: opt.Device = None,
+    loop: opt.Loop = "auto",
     chat: Annotated[
         bool, typer.Option("--chat/--no-chat", help="Apply the target's chat template.")
     ] = False,
@@ -124,7 +126,7 @@ def generate(
     if runs < 1:
         raise ValueError(f"--runs: expected at least 1, got {runs}")
     model = opt.ModelOptions(
-        target, draft, compression, dtype, opt.resolve_policy(policy, gamma), device
+        target, draft, compression, dtype, opt.resolve_policy(policy, gamma), device, loop
     )
     params = SamplingParams(
         max_new_tokens, temperature, top_k, top_p, seed, coupling, ignore_eos=ignore_eos
@@ -170,6 +172,7 @@ def chat(
     compression: opt.Compression = None,
     dtype: opt.Dtype = None,
     device: opt.Device = None,
+    loop: opt.Loop = "auto",
     system: opt.System = None,
 ) -> None:
     """Talk over several turns.
@@ -180,7 +183,7 @@ def chat(
     from ._cli_output import stderr_console
 
     model = opt.ModelOptions(
-        target, draft, compression, dtype, opt.resolve_policy(policy, gamma), device
+        target, draft, compression, dtype, opt.resolve_policy(policy, gamma), device, loop
     )
     params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed, coupling).seeded()
     with contextlib.suppress(ImportError):

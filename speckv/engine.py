@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .decoding.calibrate import calibrated
-from .decoding.eager import EagerLoop, StepRecord
+from .decoding.choice import Loop, Loops
+from .decoding.eager import StepRecord
 from .decoding.lookup import Lookup, parse_draft
 from .decoding.requests import RequestBatch
 from .decoding.stats import Stats
@@ -61,6 +62,9 @@ class Engine:
         Costs for the rate objective; measured and cached by default.
     lookup : Lookup, optional
         Draft from the text so far where it repeats itself, and with the draft model elsewhere.
+    loop : "auto" | "device" | "graphed" | "eager"
+        How much of a step the host has a hand in; the tokens are the same. ``auto`` takes the first
+        that models, device and driver allow; see `describe`.
 
     Examples
     --------
@@ -79,6 +83,7 @@ class Engine:
         max_batch_size: int = 8,
         cost: CostTable | None = None,
         lookup: Lookup | None = None,
+        loop: str = "auto",
     ) -> None:
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size: expected at least 1, got {max_batch_size}")
@@ -87,9 +92,10 @@ class Engine:
         self.policy = self._usable(parse_policy(policy))
         self.max_batch_size = max_batch_size
         self.max_length = target.max_positions
-        self._id_map = id_map
         self._cost = cost
-        self._loop: EagerLoop | None = None
+        self._loops = Loops(
+            target, draft, id_map=id_map, lookup=lookup, max_length=self.max_length, wanted=loop
+        )
         self._busy = Lock()
 
     @classmethod
@@ -104,6 +110,7 @@ class Engine:
         dtype: str | torch.dtype | None = None,
         id_map: Tensor | None = None,
         max_batch_size: int = 8,
+        loop: str = "auto",
         progress: bool = True,
     ) -> Engine:
         """Load a pair of models.
@@ -126,6 +133,8 @@ class Engine:
             Of activations and KV cache.
         id_map : int32 [V_draft], optional
             Target id of each draft id, for a draft of another vocabulary; checked.
+        loop : "auto" | "device" | "graphed" | "eager"
+            As of `Engine`.
         progress : bool
             Whether slow parts of loading show progress on stderr.
 
@@ -150,10 +159,11 @@ class Engine:
             id_map=id_map,
             max_batch_size=max_batch_size,
             lookup=lookup,
+            loop=loop,
         )
 
     def describe(self) -> str:
-        """One line: models, weight format, device and policy."""
+        """One line: models, weight format, policy, device, and which loop decodes and why."""
         target = self.target
         draft = "+".join(d.name for d in (self.lookup, self.draft) if d is not None) or "none"
         dtype = dtype_name(target.dtype)
@@ -162,7 +172,7 @@ class Engine:
             policy += " (trained)" if self.policy.trained else " (none trained for this pair)"
         return (
             f"target {target.name} ({target.compression}, {dtype}), draft {draft}, "
-            f"policy {policy}, eager loop on {target.device}"
+            f"policy {policy}, {target.device}, {self._loops.choice}"
         )
 
     def generate(
@@ -241,7 +251,7 @@ class Engine:
         requests within these bounds do none of it.
         """
         rows = min(batch_size, self.max_batch_size)
-        self._loop_for(rows, min(length, self.max_length))
+        self._loops.reserve(rows, min(length, self.max_length))
         self._pack(self.policy)
         policies = ["fixed:0"] if self._cannot_draft else ["fixed:0", "fixed:2"]
         for policy in policies:
@@ -336,25 +346,6 @@ class Engine:
             self._cost = calibrated(self.target, self.draft)
         return policy.pack(self.target.compression, self._cost)
 
-    def _loop_for(self, batch: int, length: int) -> EagerLoop:
-        """The loop, grown where a request needs more rows or a longer context."""
-        loop = self._loop
-        if loop is None or loop.batch < batch or loop.capacity < length:
-            batch = max(batch, loop.batch if loop else 0)
-            length = max(length, loop.capacity if loop else 0)
-            length = min(-(-length // 512) * 512, self.max_length)
-            self._loop = None  # its memory goes before the new one's comes
-            loop = EagerLoop(
-                self.target,
-                self.draft,
-                batch=batch,
-                capacity=length,
-                id_map=self._id_map,
-                lookup=self.lookup,
-            )
-            self._loop = loop
-        return loop
-
 
 class _Generation:
     """One batch on its way: tokens to text, stop texts, statistics, interruption."""
@@ -402,7 +393,7 @@ class _Generation:
 
     def _run(self, engine: Engine) -> Generator[Chunk, None, None]:
         packed = engine._pack(self._policy)
-        loop = engine._loop_for(self._requests.size, max(self._requests.limits))
+        loop = engine._loops.take(self._requests)
         start = time.perf_counter()
         try:
             for records in loop.run(self._requests, packed):
@@ -412,7 +403,7 @@ class _Generation:
                     yield self._advance(loop, record, elapsed)
         except NumericsError:
             # What is not finite now stands in the caches, and would reach later requests.
-            engine._loop = None
+            engine._loops.drop()
             raise
         except KeyboardInterrupt:
             self.interrupted = True
@@ -425,7 +416,7 @@ class _Generation:
         """The results of all rows, in order."""
         return [self._result(row) for row in range(len(self._prompts))]
 
-    def _advance(self, loop: EagerLoop, record: StepRecord, elapsed: float) -> Chunk:
+    def _advance(self, loop: Loop, record: StepRecord, elapsed: float) -> Chunk:
         row, text, stats = record.row, self._texts[record.row], self._stats[record.row]
         kept = record.tokens[: text.push(record.tokens)]
         if record.gamma >= 0:
@@ -457,7 +448,7 @@ class _Generation:
             seed=params.seed if params.temperature > 0 else None,
         )
 
-    def _add_seconds(self, loop: EagerLoop, elapsed: float) -> None:
+    def _add_seconds(self, loop: Loop, elapsed: float) -> None:
         parts = loop.seconds
         for stats, finish in zip(self._stats, self._finish, strict=True):
             if finish is None:

@@ -151,10 +151,11 @@ def test_options_reach_the_engine(engine: FakeEngine, capsys: Capture) -> None:
     options = (
         "--max-new-tokens 9 --temperature 0.5 --top-k 3 --top-p 0.9 --seed 11 --ignore-eos "
         "--coupling rejection --policy entropy:1.5 --compression int8 --dtype bf16 --target t "
-        "--draft first:2 --device cpu --chat"
+        "--draft first:2 --device cpu --loop eager --chat"
     )
     assert cli.run(["generate", "Why?", *options.split()]) == 0
-    assert engine.options == ModelOptions("t", "first:2", "int8", "bf16", "entropy:1.5", "cpu")
+    expected_options = ("t", "first:2", "int8", "bf16", "entropy:1.5", "cpu", "eager")
+    assert engine.options == ModelOptions(*expected_options)
     expected = SamplingParams(9, 0.5, 3, 0.9, 11, "rejection", ignore_eos=True)
     assert engine.streamed == [("Why?", expected, True)]
 
@@ -338,6 +339,10 @@ def test_ctrl_c_in_a_comparison_keeps_the_generation(engine: FakeEngine, capsys:
             "--dtype: expected fp16 with --compression fp16, got bf16",
         ),
         (["a", "--device", "tpu"], "--device: expected cpu, cuda or cuda:N, got 'tpu'"),
+        (
+            ["a", "--loop", "fast"],
+            "--loop: expected one of auto, device, graphed, eager; got 'fast'",
+        ),
         (["a", "--device", "cuda:x"], "--device: expected cpu, cuda or cuda:N, got 'cuda:x'"),
         (["a", "--system", "s"], "--system: expected together with --chat, got it alone"),
         (["a", "--runs", "0"], "--runs: expected at least 1, got 0"),
