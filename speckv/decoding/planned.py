@@ -84,6 +84,9 @@ class PlannedLoop:
         self._generation = 0
         self._reader: _Reader | None = None
         self._ticket = 0
+        self._words: NDArray[np.int64] = np.zeros(0, np.int64)
+        if self._reads_conditions:
+            self._words = self._shared.conditions.numpy()
 
     _reads_conditions = True
     """Whether the host follows the plan, and so reads the conditions."""
@@ -158,7 +161,7 @@ class PlannedLoop:
 
     def _read(self, conditions: list[int]) -> list[int]:
         """The conditions as the last work has published them."""
-        words: NDArray[np.int64] = self._shared.conditions.numpy()
+        words = self._words
         ticket = self._ticket & _LOW
         self._wait(lambda: all(int(words[c]) >> _HALF & _LOW == ticket for c in conditions))
         return [int(words[condition]) & _LOW for condition in conditions]

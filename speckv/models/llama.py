@@ -218,9 +218,21 @@ class LlamaDecoder:
         chunk = self._counts[-1] if self._on_host else _DEVICE_CHUNK
         for piece in torch.split(tokens, chunk):
             end = place + piece.shape[0]
-            hidden = self._hidden(piece[None], [place], cache, [slot], end)
+            hidden = self._hidden(
+                piece[None], self._block(place, end), cache, self._slot(slot), end
+            )
             place = end
         return self._logits(hidden[piece.shape[0] - 1 :][:1])[0] if want_logits else None
+
+    def _block(self, start: int, end: int) -> Sequence[int] | Tensor:
+        """``start`` of a forward of one sequence; on CUDA made there, not sent, so without a wait."""
+        if self._on_host:
+            return [start]
+        return torch.arange(start, end, device=self.device)[None]
+
+    def _slot(self, slot: int) -> Sequence[int] | Tensor:
+        """``slots`` of a forward of one sequence, likewise."""
+        return [slot] if self._on_host else torch.full((1,), slot, device=self.device)
 
     def _hidden(
         self,

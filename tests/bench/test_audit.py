@@ -1,0 +1,103 @@
+"""The audit finds what makes the host wait, in torch and in a trace, and nothing in the loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from bench.audit import SyncAudit, audited, trace_syncs
+from speckv.decoding import EagerLoop, device, graphed
+from speckv.decoding.conditional import Driver
+from speckv.decoding.device import DeviceLoop
+from speckv.decoding.graphed import GraphedLoop
+from tests.decoding.cuda_stub import Api
+from tests.decoding.test_planned import CAPACITY, batch_of, by_row, packed
+from tests.decoding.tiny import wrapped
+
+READS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "Tensor.item": lambda t: t[0].item(),
+    "Tensor.tolist": lambda t: t.tolist(),
+    "Tensor.cpu": lambda t: t.cpu(),
+    "Tensor.numpy": lambda t: t.numpy(),
+    "Tensor.__bool__": lambda t: bool(t[0] > 5),
+    "Tensor.__int__": lambda t: int(t[1]),
+    "Tensor.__float__": lambda t: float(t[1]),
+    "Tensor.__index__": lambda t: [1, 2, 3][t.long()[0]],
+    "nonzero": torch.nonzero,
+    "equal": lambda t: torch.equal(t, t),
+    "masked_select": lambda t: torch.masked_select(t, t > 1),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_every_read_is_found(name: str) -> None:
+    tensor = torch.arange(3.0)
+    with SyncAudit("cpu") as audit:
+        READS[name](tensor)
+    assert len(audit.found) == 1, audit.found
+    assert audit.found[0].startswith(f"{name} at ") and __file__ in audit.found[0]
+    READS[name](tensor)
+    with audit, audit.paused():
+        READS[name](tensor)
+    assert len(audit.found) == 1, "outside the audit, and while it is paused, nothing is noted"
+
+
+def test_tensors_of_other_devices_may_be_read() -> None:
+    with SyncAudit("cuda") as audit:
+        for read in READS.values():
+            read(torch.arange(3.0))
+    assert audit.found == []
+
+
+@pytest.mark.parametrize("owner", [torch.cuda, torch.cuda.Stream, torch.cuda.Event])
+def test_waiting_is_found(owner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner, "synchronize", lambda *arguments: None)
+    with SyncAudit() as audit:
+        owner.synchronize(None)
+    assert len(audit.found) == 1 and ".synchronize at " in audit.found[0]
+
+
+def test_waits_and_launches_of_a_trace() -> None:
+    names = ["aten::add", "cudaLaunchKernel", "cudaStreamSynchronize", "cuLaunchKernelEx"]
+    names += ["Memcpy DtoH (Device -> Pinned)", "Memcpy HtoD (Pinned -> Device)", "cuGraphLaunch"]
+    waits, launches = trace_syncs(names)
+    assert waits == ["cudaStreamSynchronize", "Memcpy DtoH (Device -> Pinned)"]
+    assert launches == 3
+
+
+@pytest.mark.parametrize("policy", ["fixed:0", "fixed:3", "speckv"])
+def test_loops_on_graphs_read_nothing(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands in for the device is not the host's; the eager loop is what the audit catches."""
+    audit = SyncAudit("cpu")
+    children: dict[int, Callable[[], None]] = {}
+
+    class Captured:
+        def __init__(self, work: Callable[[], None]) -> None:
+            self._work, self._address = work, len(children)
+            children[self._address] = self.replay
+
+        def replay(self) -> None:
+            with audit.paused():
+                self._work()
+
+        def raw_cuda_graph(self) -> int:
+            return self._address
+
+    monkeypatch.setattr(graphed, "capture", lambda work, pool: (Captured(work), None))
+    monkeypatch.setattr(graphed, "synchronize", lambda device: None)
+    monkeypatch.setattr(graphed, "is_idle", lambda device: False)
+    monkeypatch.setattr(device, "current_stream", lambda device: 0)
+    pair = wrapped("llama", "target", "fp32"), wrapped("llama", "perturbed", "fp32")
+    requests = batch_of("sampled", [0, 1], [])
+    size = {"batch": 2, "capacity": CAPACITY}
+    eager = EagerLoop(*pair, **size)
+    loops = [GraphedLoop(*pair, **size), DeviceLoop(*pair, **size, driver=Driver(Api(children)))]
+    expected = by_row(iter(audited(eager, requests, packed(policy), audit)))
+    assert audit.found, "the eager loop reads the state in every step"
+    for loop in loops:
+        audit.found.clear()
+        assert by_row(iter(audited(loop, requests, packed(policy), audit))) == expected
+        assert audit.found == []
