@@ -8,6 +8,7 @@ also show calls that do not go through torch.
 
 from __future__ import annotations
 
+import resource
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,10 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.lab import Row
+from bench.lab import COST, Lab, Row
+from bench.loop_rows import loop_kinds
 from speckv.decoding.choice import Loop
 from speckv.decoding.eager import StepRecord
 from speckv.decoding.requests import RequestBatch
+from speckv.models.base import CausalModel
+from speckv.policies import parse_policy
+from speckv.sampling import SamplingParams
 
 _WAITERS: tuple[Any, ...] = (torch.cuda, torch.cuda.Stream, torch.cuda.Event)
 _READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
@@ -36,6 +41,8 @@ _TRACED_WAITS = (
     "Memcpy DtoH",
 )
 _TRACED_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cuGraphLaunch")
+_HOST_SLACK = 16 << 20
+"""Bytes that the allocator of the host may still spread over."""
 
 
 class SyncAudit:
@@ -147,6 +154,48 @@ def trace_syncs(names: Iterable[str]) -> tuple[list[str], int]:
     every = list(names)
     waits = [n for n in every if any(wait in n for wait in _TRACED_WAITS)]
     return waits, sum(any(launch in n for launch in _TRACED_LAUNCHES) for n in every)
+
+
+def audit_rows(lab: Lab, target: CausalModel, draft: CausalModel) -> Iterator[Row]:
+    """Syncs of each loop on graphs, then what many generations leave behind."""
+    kinds = {kind: make for kind, make in loop_kinds(lab).items() if kind != "eager"}
+    tokens = 16 if lab.dry else 64
+    requests = RequestBatch.build(
+        [[1, 2, 3, 4]],
+        [SamplingParams(max_new_tokens=tokens, ignore_eos=True)],
+        eos_ids=[],
+        max_length=512,
+        device=lab.device,
+    )
+    policy = parse_policy("fixed:3").pack(cost=COST)
+    for kind, make in kinds.items():
+        loop = make(target, draft, batch=1, capacity=512)
+        for _ in loop.run(requests, policy):  # compiles and captures
+            pass
+        yield audit_row(kind, loop, requests, policy)
+        yield growth_row(lab, kind, loop, requests, policy)
+        del loop
+
+
+def growth_row(lab: Lab, kind: str, loop: Loop, requests: RequestBatch, policy: Tensor) -> Row:
+    """Memory before and after many generations, the first few left out: they fill caches."""
+    count = 20 if lab.dry else 200 if lab.quick else 1000
+    readings = []
+    for i in range(count):
+        for _ in loop.run(requests, policy):
+            pass
+        if i in (count // 10, count - 1):
+            device = 0 if lab.dry else torch.cuda.memory_allocated()
+            readings.append((device, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+    (device, host), (device_later, host_later) = readings
+    grown = {"device_bytes": device_later - device, "host_bytes": host_later - host}
+    grew = grown["device_bytes"] > 0 or grown["host_bytes"] > _HOST_SLACK
+    return {
+        "name": f"memory of the {kind} loop",
+        "generations": count,
+        **grown,
+        "grew": grew and not lab.dry,
+    }
 
 
 def audit_row(kind: str, loop: Loop, requests: RequestBatch, policy: Tensor) -> Row:

@@ -1,8 +1,9 @@
 """Everything that needs a GPU, in parts of under nine minutes, results written row by row.
 
     python -m bench.gpu --out DIR                 # all parts
-    python -m bench.gpu --out DIR --part draft    # tests | draft | verify | linear | forward | e2e
-    python -m bench.gpu --out DIR --merge FILE    # the parts as one JSON document
+    python -m bench.gpu --out DIR --part loop     # one; "kernels" is draft, verify and linear
+    python -m bench.gpu --out DIR --quick         # fewer shapes and repeats: all in four minutes
+    python -m bench.gpu --out DIR --merge FILE    # the parts as one JSON document, and a table
     python -m bench.gpu --out DIR --dry-run       # on the CPU, tiny shapes: does it run at all?
 
 A dry run's rows say so and hold no times: interpreter and CPU times are not GPU times.
@@ -12,22 +13,37 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from bench import roofline
+from bench.audit import audit_rows
+from bench.e2e_rows import e2e_rows, random_decoder
 from bench.environment import ROOT, write_json
 from bench.kernel_rows import draft_rows, verify_rows
-from bench.lab import COST, Lab, Row, quantiles
+from bench.lab import Lab, Row
 from bench.linear_rows import linear_rows
-from bench.sides import DTYPES
-from speckv.policies import parse_policy
+from bench.loop_rows import conditional_rows, decision_rows, share_rows
+
+_SHAPE = ("target", "draft", "compression", "policy", "batch", "width", "vocabulary", "rows")
+_TIMES = {
+    "kernel_us": "us",
+    "iteration_us": "us an iteration",
+    "above_bare_argmax_us": "us above argmax",
+    "share_of_copy": "of copy bandwidth",
+    "tokens_per_second": "tokens/s",
+    "above_forwards": "above its forwards",
+    "syncs": "syncs",
+}
+
+PART_SECONDS = 520.0
+"""What a part may take, so that each fits in nine minutes."""
 
 
 def tests_part(lab: Lab) -> Iterator[Row]:
@@ -37,71 +53,48 @@ def tests_part(lab: Lab) -> Iterator[Row]:
         command += ["-m", "gpu and not slow"]
     if lab.dry:
         command.append("--collect-only")
+    yield {"name": "pytest -m gpu", **run_tests(command)}
+
+
+def loop_part(lab: Lab) -> Iterator[Row]:
+    """Conditional nodes, the decision, and what each loop adds to its forwards."""
+    yield from conditional_rows(lab)
+    yield from decision_rows(lab)
+    name = "tiny" if lab.dry else "Llama-3.2-1B"
+    target = random_decoder(lab, name, "bf16")
+    draft = target.first_layers(1)
+    yield from share_rows(lab, target, draft, {"target": name, "draft": "its first layer"})
+
+
+def audit_part(lab: Lab) -> Iterator[Row]:
+    """Whatever makes the host wait, and memory that grows, in the loops on graphs."""
+    name = "tiny" if lab.dry else "Llama-3.2-1B"
+    target = random_decoder(lab, name, "bf16")
+    yield from audit_rows(lab, target, target.first_layers(1))
+
+
+def sanitizer_part(lab: Lab) -> Iterator[Row]:
+    """The kernels' tests on the GPU under compute-sanitizer's memcheck and racecheck."""
+    for tool in ("memcheck", "racecheck"):
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable]
+        command += ["-m", "pytest", "-q", "-x", "-m", "gpu and not slow", "tests/gpu"]
+        row: Row = {"name": f"compute-sanitizer {tool}", "command": " ".join(command[:5])}
+        if lab.dry or shutil.which(command[0]) is None:
+            problem = "dry run" if lab.dry else f"{command[0]} is not installed"
+            yield row | {"exit_code": 0 if lab.dry else 1, "problem": problem}
+            continue
+        yield row | run_tests(command)
+
+
+def run_tests(command: list[str]) -> Row:
+    """Exit code, seconds and last lines of a command."""
     start = time.perf_counter()
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    yield {
-        "name": "pytest -m gpu",
+    return {
         "exit_code": run.returncode,
         "seconds": time.perf_counter() - start,
         "tail": run.stdout.splitlines()[-15:],
     }
-
-
-def e2e_part(lab: Lab) -> Iterator[Row]:
-    """Tokens per second of the eager loop on a Llama-shaped pair with random weights.
-
-    Other tokens than plain decoding's are a failure in bf16, whose products do not depend on how
-    many rows they have. In fp32 they are PyTorch's, which may round by that, and are reported.
-    """
-    model = _random_llama(lab)
-    for dtype in DTYPES:
-        yield from _e2e_rows(lab, model.to(DTYPES[dtype]), dtype)
-
-
-def _e2e_rows(lab: Lab, model: Any, dtype: str) -> Iterator[Row]:
-    from speckv.decoding import EagerLoop, RequestBatch
-    from speckv.models.llama import LlamaDecoder
-    from speckv.models.loading import wrap_model
-    from speckv.sampling import SamplingParams
-
-    target = wrap_model(model, compression=dtype, device=lab.device)
-    assert isinstance(target, LlamaDecoder)
-    draft = target.first_layers(1)
-    loop = EagerLoop(target, draft, batch=1, capacity=512)
-    tokens = 16 if lab.dry else 64
-    requests = RequestBatch.build(
-        [[1, 2, 3, 4]],
-        [SamplingParams(max_new_tokens=tokens, ignore_eos=True)],
-        eos_ids=[],
-        max_length=512,
-        device=lab.device,
-    )
-    reference: list[int] | None = None
-    for name in ("fixed:0", "fixed:2", "fixed:4", "fixed:8"):
-        packed = parse_policy(name).pack(cost=COST)
-        produced: list[int] = []
-        seconds = []
-        for repeat in range(2 if lab.dry else 4):
-            start = time.perf_counter()
-            produced = [t for step in loop.run(requests, packed) for r in step for t in r.tokens]
-            if repeat:  # the first compiles
-                seconds.append(time.perf_counter() - start)
-        reference = reference or produced
-        same = produced == reference
-        row = {
-            "name": f"eager {name}",
-            "hidden_size": model.config.hidden_size,
-            "vocabulary": model.config.vocab_size,
-            "dtype": dtype,
-            "batch": 1,
-            "tokens": len(produced),
-            "identical_to_plain": same,
-            "n": len(seconds),
-            "tokens_per_second": None,
-        }
-        if not failed(row) and not lab.dry:
-            row["tokens_per_second"] = quantiles([len(produced) / each for each in seconds])
-        yield row
 
 
 PARTS: dict[str, Callable[[Lab], Iterator[Row]]] = {
@@ -110,34 +103,55 @@ PARTS: dict[str, Callable[[Lab], Iterator[Row]]] = {
     "verify": verify_rows,
     "linear": linear_rows,
     "forward": roofline.forward_rows,
-    "e2e": e2e_part,
+    "loop": loop_part,
+    "audit": audit_part,
+    "e2e": e2e_rows,
+    "sanitizer": sanitizer_part,
 }
+GROUPS = {"kernels": ("draft", "verify", "linear")}
+"""Parts under one name."""
 
 
-def _random_llama(lab: Lab) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def run_part(name: str, lab: Lab, out: Path, seconds: float = PART_SECONDS) -> list[Row]:
+    """Run a part; every row is on disk before the next one is measured.
 
-    torch.manual_seed(0)
-    sizes = roofline.TINY if lab.dry else roofline.MODELS["Llama-3.2-1B"]
-    return LlamaForCausalLM(LlamaConfig(**sizes))
-
-
-def run_part(name: str, lab: Lab, out: Path) -> list[Row]:
-    """Run a part; every row is on disk before the next one is measured."""
+    A part that has taken ``seconds`` ends after the row under way, and its file says so.
+    """
     rows: list[Row] = []
+    end = time.monotonic() + seconds
     for row in PARTS[name](lab):
         rows.append({"part": name, "dry_run": lab.dry, "quick": lab.quick, **row})
         print(json.dumps(rows[-1]), flush=True)
-        write_json(out / f"{name}.json", {"environment": lab.facts, "rows": rows})
+        cut = time.monotonic() > end
+        write_json(out / f"{name}.json", {"environment": lab.facts, "cut": cut, "rows": rows})
+        if cut:
+            print(f"{name}: cut after {seconds:.0f} s", file=sys.stderr)
+            break
     return rows
 
 
 def merge(out: Path, file: Path) -> None:
-    """All parts in ``out`` as one document."""
+    """All parts in ``out`` as one document; a table of what was timed is printed."""
     parts = {p: json.loads((out / f"{p}.json").read_text()) for p in PARTS if _has(out, p)}
     if not parts:
         raise SystemExit(f"error: no part's JSON in {out}")
     write_json(file, parts)
+    for line in table([row for part in parts.values() for row in part["rows"]]):
+        print(line)
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+    """A line for each row that has a time or a verdict."""
+    for row in rows:
+        what = [str(row.get(key)) for key in _SHAPE if row.get(key) is not None]
+        said = []
+        for key, unit in _TIMES.items():
+            value = row.get(key)
+            value = value.get("p50") if isinstance(value, dict) else value
+            if value is not None:
+                said.append(f"{value:,.2f} {unit}")
+        said += ["FAILED"] * failed(row)
+        yield f"{row['name']:36s} {' '.join(what):48s} {', '.join(said) or 'no time'}"
 
 
 def _has(out: Path, part: str) -> bool:
@@ -146,14 +160,16 @@ def _has(out: Path, part: str) -> bool:
 
 def failed(row: Row) -> bool:
     """Whether a row's test failed or its gate is red."""
-    differs = row.get("identical_to_plain") is False and row["dtype"] == "bf16"
-    return bool(row.get("exit_code")) or row.get("matches_reference") is False or differs
+    differs = row.get("identical_to_plain") is False and row["dtype"] in ("bf16", "bfloat16")
+    waits = bool(row.get("syncs")) or bool(row.get("traced_syncs")) or bool(row.get("grew"))
+    return bool(row.get("exit_code")) or row.get("matches_reference") is False or differs or waits
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the JSON files")
-    parser.add_argument("--part", choices=PARTS, help="only this part")
+    parser.add_argument("--part", choices=[*PARTS, *GROUPS], help="only this part")
+    parser.add_argument("--trace", type=Path, help="signals and acceptance for e2e's policies")
     parser.add_argument("--quick", action="store_true", help="fewer shapes and repeats")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--merge", type=Path, metavar="FILE", help="merge what is in --out")
@@ -164,11 +180,9 @@ def main() -> None:
     if not arguments.dry_run and not torch.cuda.is_available():
         raise SystemExit("error: no CUDA device; --dry-run runs the same code on the CPU")
     lab = Lab(arguments.quick, arguments.dry_run)
-    rows = [
-        row
-        for name in ([arguments.part] if arguments.part else PARTS)
-        for row in run_part(name, lab, arguments.out)
-    ]
+    lab.trace = arguments.trace
+    names = GROUPS.get(arguments.part, (arguments.part,)) if arguments.part else tuple(PARTS)
+    rows = [row for name in names for row in run_part(name, lab, arguments.out)]
     red = [row for row in rows if failed(row)]
     print(f"{len(rows)} rows, {len(red)} failed, in {arguments.out}")
     raise SystemExit(1 if red else 0)

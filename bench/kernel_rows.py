@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.lab import COST, Lab, Row, States
+from bench.lab import COST, Lab, Row, States, nothing
 from speckv import kernels
 from speckv.kernels import layout as at
 from speckv.kernels import reference
@@ -63,7 +63,7 @@ def _draft_shape(lab: Lab, batch: int, vocabulary: int) -> Iterator[Row]:
 
     def plain(name: str, work: Callable[[Tensor], Any]) -> Row:
         calls: Calls = [partial(work, logits[i % len(logits)]) for i in range(count)]
-        return {"name": name, **shape, **lab.time(calls, _nothing)}
+        return {"name": name, **shape, **lab.time(calls, nothing)}
 
     word = torch.zeros(1, device=lab.device)
     yield plain("floor: fill of one word", lambda x: word.zero_())
@@ -177,7 +177,7 @@ def _cutoff_rows(lab: Lab, logits: Tensor, count: int, shape: Row) -> Iterator[R
             "name": f"cutoff {form}",
             **shape,
             "config": prepared.config and asdict(prepared.config),
-            **_gated(lab, same, calls, _nothing),
+            **_gated(lab, same, calls, nothing),
         }
 
 
@@ -254,7 +254,3 @@ def _unfused(logits: Tensor) -> None:
     (p * log_p).sum(-1)
     p.topk(2, -1)
     logits.argmax(-1)
-
-
-def _nothing() -> None:
-    """Restores calls that change no state."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,10 +31,16 @@ class Lab:
         Fewer shapes and repeats.
     dry : bool
         Tiny shapes on the CPU, no times.
+
+    Attributes
+    ----------
+    trace : Path, optional
+        Recorded signals and acceptance, for what needs them.
     """
 
     def __init__(self, quick: bool, dry: bool) -> None:
         self.quick, self.dry = quick, dry
+        self.trace: Path | None = None
         self.device = torch.device("cpu" if dry else "cuda")
         self.facts = environment()
         self._l2_bytes = 0

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .argmax import argmax as argmax
     from .attention import attention as attention
     from .cutoff import Cutoff as Cutoff
     from .cutoff import cutoff as cutoff
@@ -38,6 +39,7 @@ PUBLIC = {
     "Linear": "linear",
     "Verify": "verify",
     "VerifyRejection": "rejection",
+    "argmax": "argmax",
     "attention": "attention",
     "close_step": "loop_step",
     "cutoff": "cutoff",

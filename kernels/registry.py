@@ -21,6 +21,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 """What every kernel is compiled for in the tests."""
 
 MODULES = (
+    "argmax",
     "draft_step",
     "verify",
     "rejection",

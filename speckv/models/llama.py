@@ -225,7 +225,7 @@ class LlamaDecoder:
         return self._logits(hidden[piece.shape[0] - 1 :][:1])[0] if want_logits else None
 
     def _block(self, start: int, end: int) -> Sequence[int] | Tensor:
-        """``start`` of a forward of one sequence; on CUDA made there, not sent, so without a wait."""
+        """``start`` of a forward of one sequence; on CUDA made there: sending it is a wait."""
         if self._on_host:
             return [start]
         return torch.arange(start, end, device=self.device)[None]

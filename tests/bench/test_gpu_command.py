@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from bench import gpu, kernel_rows, lab
+from bench import e2e_rows, gpu, kernel_rows, lab
 from speckv.kernels import layout as at
 from speckv.kernels.layout import StepState
+from speckv.traces.schema import Rows, write_trace
+from tests.traces.synthetic import made_up_trace
 
 
 @pytest.mark.parametrize("part", ["draft", "verify", "e2e"])
@@ -26,6 +28,73 @@ def test_dry_run_writes_rows_without_times(part: str, tmp_path: Path) -> None:
         assert times == {None}, "a CPU time is no GPU time"
         assert row.get("identical_to_plain", True) and row.get("matches_reference", True)
         assert {"name", "batch", "vocabulary", "dtype", "n"} <= set(row)
+
+
+def test_the_part_of_the_loops(tmp_path: Path) -> None:
+    rows = gpu.run_part("loop", gpu.Lab(quick=True, dry=True), tmp_path)
+    assert not any(map(gpu.failed, rows))
+    named = {row["name"]: row for row in rows}
+    for name in ("WHILE", "WHILE + SWITCH(4)", "nested WHILE"):
+        assert named[name]["counted"] == named[name]["iterations"] == 10
+        assert named[name]["iteration_us"] is None
+    assert {"chained torch.argmax", "chained bare argmax", "chained draft_step"} <= set(named)
+    assert named["planned fixed:4"]["steps"] > 0
+    assert named["planned fixed:4"]["above_forwards"] is None
+
+
+def test_the_audit_and_the_sanitizer(tmp_path: Path) -> None:
+    dry = gpu.Lab(quick=True, dry=True)
+    rows = [row for part in ("audit", "sanitizer") for row in gpu.run_part(part, dry, tmp_path)]
+    named = {row["name"]: row for row in rows}
+    assert named["syncs of the planned loop"]["syncs"] == 0
+    assert named["memory of the planned loop"]["generations"] == 20
+    for tool in ("memcheck", "racecheck"):
+        assert named[f"compute-sanitizer {tool}"]["problem"] == "dry run"
+    assert not any(map(gpu.failed, rows))
+
+
+def test_policies_on_recorded_signals(tmp_path: Path) -> None:
+    """Without a trace there is no row of a policy that looks at signals."""
+    dry = gpu.Lab(quick=True, dry=True)
+    bare = gpu.run_part("e2e", dry, tmp_path)
+    assert {row["signals_and_acceptance"] for row in bare} == {"the draft's"}
+    assert {row["name"].split()[1].partition(":")[0] for row in bare} == {"fixed"}
+    dry.trace = tmp_path / "trace.parquet"
+    trace = made_up_trace(prompts=6, length=20, compressions=("bf16",), temperatures=(0.0,))
+    parts = [
+        (answer, rows_between(trace.rows, *trace.first[i : i + 2]))
+        for i, answer in enumerate(trace.answers)
+    ]
+    write_trace(dry.trace, trace.info, parts)
+    rows = {row["name"]: row for row in gpu.run_part("e2e", dry, tmp_path)[len(bare) :]}
+    assert {f"planned {name}" for name in (*e2e_rows.FIXED, *e2e_rows.LOOKING)} == set(rows)
+    for row in rows.values():
+        assert row["signals_and_acceptance"] == "recorded, injected"
+        assert row["identical_to_plain"] and row["tokens_per_second"] is None
+    assert rows["planned fixed:4"]["tokens_per_step"] > 1.5, "what was recorded as right is taken"
+    assert rows["planned fixed:0"]["tokens_per_step"] == 1.0
+
+
+def rows_between(rows: Rows, first: int, end: int) -> Rows:
+    return Rows(**{name: values[first:end] for name, values in vars(rows).items()})
+
+
+def test_a_part_that_takes_too_long_is_cut(tmp_path: Path) -> None:
+    rows = gpu.run_part("draft", gpu.Lab(quick=True, dry=True), tmp_path, seconds=0.0)
+    assert len(rows) == 1
+    assert json.loads((tmp_path / "draft.json").read_text())["cut"] is True
+
+
+def test_the_table_of_a_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows: list[dict[str, Any]] = [
+        {"name": "a", "batch": 1, "kernel_us": {"p50": 2.5}},
+        {"name": "b", "compression": "nf4", "tokens_per_second": None},
+        {"name": "c", "exit_code": 1, "syncs": 2},
+    ]
+    lines = list(gpu.table(rows))
+    assert lines[0].split() == ["a", "1", "2.50", "us"]
+    assert lines[1].split() == ["b", "nf4", "no", "time"]
+    assert lines[2].split() == ["c", "2.00", "syncs,", "FAILED"]
 
 
 def test_every_kernel_has_its_rows(tmp_path: Path) -> None:
@@ -85,6 +154,10 @@ def test_rows_with_times(part: str, tmp_path: Path) -> None:
         ({"dtype": "bf16", "matches_reference": True}, False),
         ({"exit_code": 0}, False),
         ({"exit_code": 1}, True),
+        ({"syncs": 0, "traced_syncs": None}, False),
+        ({"syncs": 1}, True),
+        ({"syncs": 0, "traced_syncs": ["cudaStreamSynchronize"]}, True),
+        ({"grew": True}, True),
     ],
 )
 def test_what_fails_the_command(row: dict[str, Any], failed: bool) -> None:

@@ -1,0 +1,135 @@
+"""On a GPU: the loops on graphs give the eager loop's steps, without the host waiting."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+from bench import roofline
+from bench.audit import SyncAudit, audited
+from bench.e2e_rows import random_decoder
+from bench.lab import Lab
+from bench.loop_rows import conditional_rows
+from speckv.decoding import EagerLoop, RequestBatch, StepRecord
+from speckv.decoding.choice import choose_loop
+from speckv.models.llama import LlamaDecoder
+from speckv.policies import parse_policy
+from speckv.sampling import SamplingParams
+from tests.decoding.loops import COST
+from tests.decoding.test_planned import by_row
+
+pytestmark = pytest.mark.gpu
+
+KINDS = {"graphed": "GraphedLoop", "device": "DeviceLoop"}
+POLICIES = ["fixed:0", "fixed:1", "fixed:4", "fixed:15", "entropy:3", "confidence:0.3", "speckv"]
+PROMPTS = [[5, 9, 3], [7, 1, 2, 3, 4, 5, 6, 7, 8], [11], list(range(17))]
+NEW_TOKENS = [60, 45, 70, 30]
+WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"temperature": 0.8},
+    "truncated": {"temperature": 1.0, "top_k": 40, "top_p": 0.9},
+}
+CAPACITY = 512
+
+
+@pytest.fixture(scope="module", params=["bf16", "int8", "nf4"])
+def pair(request: pytest.FixtureRequest) -> tuple[LlamaDecoder, LlamaDecoder]:
+    """A random SmolLM2 and its first layers, which agree with it now and then."""
+    lab = Lab(quick=True, dry=False)
+    name = next(name for name in roofline.MODELS if "SmolLM2" in name)
+    target = random_decoder(lab, name, request.param)
+    return target, target.first_layers(target.config.layers - 1)
+
+
+def loop_of(kind: str) -> Any:
+    return getattr(importlib.import_module(f"speckv.decoding.{kind}"), KINDS[kind])
+
+
+def requests_of(way: str, batch: int) -> RequestBatch:
+    options = WAYS[way]
+    params = [
+        SamplingParams(max_new_tokens=n, **({**options, "seed": i} if options else {}))
+        for i, n in enumerate(NEW_TOKENS[:batch])
+    ]
+    device = torch.device("cuda")
+    return RequestBatch.build(
+        PROMPTS[:batch], params, eos_ids=[7], max_length=CAPACITY, device=device
+    )
+
+
+def packed(policy: str) -> torch.Tensor:
+    return parse_policy(policy).pack(cost=COST)
+
+
+def texts(steps: dict[int, list[StepRecord]]) -> dict[int, tuple[list[int], int]]:
+    """Tokens and end of each row."""
+    return {
+        row: ([t for record in records for t in record.tokens], records[-1].done)
+        for row, records in steps.items()
+    }
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("way", WAYS)
+def test_all_loops_give_the_same_tokens(
+    way: str, batch: int, pair: tuple[LlamaDecoder, LlamaDecoder]
+) -> None:
+    """The loops on graphs step alike. The eager loop reads the end of a prompt into the draft with
+    other kernels, so that its drafts may differ in a near tie; its tokens may not."""
+    loops = [loop_of(kind)(*pair, batch=batch, capacity=CAPACITY) for kind in KINDS]
+    eager = EagerLoop(*pair, batch=batch, capacity=CAPACITY)
+    requests = requests_of(way, batch)
+    for policy in POLICIES:
+        expected = texts(by_row(eager.run(requests, packed(policy))))
+        steps = [by_row(loop.run(requests, packed(policy))) for loop in loops for _ in range(2)]
+        assert texts(steps[0]) == expected, policy
+        assert all(each == steps[0] for each in steps), policy
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_host_never_waits(kind: str, pair: tuple[LlamaDecoder, LlamaDecoder]) -> None:
+    loop = loop_of(kind)(*pair, batch=1, capacity=CAPACITY)
+    requests = requests_of("sampled", 1)
+    for _ in loop.run(requests, packed("fixed:3")):
+        pass
+    audit = SyncAudit()
+    audited(loop, requests, packed("fixed:3"), audit)
+    assert audit.found == []
+
+
+def test_a_row_that_the_host_ends(pair: tuple[LlamaDecoder, LlamaDecoder]) -> None:
+    loop = loop_of("device")(*pair, batch=4, capacity=CAPACITY)
+    requests = requests_of("greedy", 4)
+    whole = by_row(loop.run(requests, packed("fixed:2")))
+    cut: dict[int, list[Any]] = {}
+    for records in loop.run(requests, packed("fixed:2")):
+        for record in records:
+            cut.setdefault(record.row, []).append(record)
+            if record.row == 2 and len(cut[2]) == 3:
+                loop.finish(2)
+    assert cut[2] == whole[2][:3] and cut[0] == whole[0]
+    assert by_row(loop.run(requests, packed("fixed:2"))) == whole
+
+
+def test_an_abandoned_generation(pair: tuple[LlamaDecoder, LlamaDecoder]) -> None:
+    loop = loop_of("device")(*pair, batch=1, capacity=CAPACITY)
+    requests = requests_of("greedy", 1)
+    whole = by_row(loop.run(requests, packed("fixed:2")))
+    running = loop.run(requests, packed("fixed:2"))
+    next(running)
+    running.close()
+    assert by_row(loop.run(requests, packed("fixed:2"))) == whole
+
+
+def test_conditional_nodes_count(tmp_path: Any) -> None:
+    rows = list(conditional_rows(Lab(quick=True, dry=False)))
+    for row in rows[1:]:
+        assert row["counted"] == row["iterations"] == 10_000
+        assert row["iteration_us"]["p50"] > 0
+
+
+def test_the_device_loop_is_what_a_pair_gets(pair: tuple[LlamaDecoder, LlamaDecoder]) -> None:
+    assert str(choose_loop(*pair)) == "device loop"
