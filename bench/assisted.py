@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.environment import environment, write_json
+from bench.environment import command, environment, write_json
 from bench.sides import (
     DTYPES,
     Run,
@@ -157,6 +157,7 @@ def measure(
         "prompts": rows,
         "default": summary(rows, "default"),
         "tuned": summary(rows, "tuned"),
+        "command": command(),
         "environment": environment(),
     }
 

@@ -6,7 +6,9 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,16 @@ def environment() -> dict[str, Any]:
         facts["cuda"] = torch.version.cuda
         facts["driver"] = _driver()
     return facts
+
+
+def command() -> str:
+    """The command that this process was started with, without its paths."""
+    name = f"bench.{Path(sys.argv[0]).stem}"
+    arguments = sys.argv[1:]
+    if "--out" in arguments:
+        at = arguments.index("--out")
+        del arguments[at : at + 2]
+    return shlex.join(["python", "-m", name, *arguments])
 
 
 def write_json(path: Path, document: Any) -> None:

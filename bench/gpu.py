@@ -3,7 +3,8 @@
     python -m bench.gpu --out DIR                 # all parts
     python -m bench.gpu --out DIR --part loop     # one; "kernels" is draft, verify and linear
     python -m bench.gpu --out DIR --quick         # fewer shapes and repeats: all in four minutes
-    python -m bench.gpu --out DIR --merge FILE    # the parts as one JSON document, and a table
+    python -m bench.gpu --out DIR --merge FILE    # the parts as one JSON document, and a table;
+                                                  # FILE.jsonl: appended to what is there
     python -m bench.gpu --out DIR --dry-run       # on the CPU, tiny shapes: does it run at all?
 
 A dry run's rows say so and hold no times: interpreter and CPU times are not GPU times.
@@ -131,11 +132,20 @@ def run_part(name: str, lab: Lab, out: Path, seconds: float = PART_SECONDS) -> l
 
 
 def merge(out: Path, file: Path) -> None:
-    """All parts in ``out`` as one document; a table of what was timed is printed."""
+    """All parts in ``out`` as one document, or appended to a history of JSON lines.
+
+    A table of what was timed is printed.
+    """
     parts = {p: json.loads((out / f"{p}.json").read_text()) for p in PARTS if _has(out, p)}
     if not parts:
         raise SystemExit(f"error: no part's JSON in {out}")
-    write_json(file, parts)
+    if file.suffix == ".jsonl":
+        with file.open("a", encoding="utf-8") as history:
+            for part in parts.values():
+                for row in part["rows"]:
+                    history.write(json.dumps({"environment": part["environment"], **row}) + "\n")
+    else:
+        write_json(file, parts)
     for line in table([row for part in parts.values() for row in part["rows"]]):
         print(line)
 

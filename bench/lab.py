@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -111,10 +112,18 @@ class Lab:
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """p50, p90 and p99, linear between the values."""
+    """p50, p90 and p99, linear between the values, and a 95% interval of the median.
+
+    The interval is that of order statistics: the sign test's, which assumes no distribution.
+    """
+    ordered = torch.tensor(values, dtype=torch.float64).sort().values
     levels = torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)
-    found = torch.tensor(values, dtype=torch.float64).quantile(levels).tolist()
-    return dict(zip(("p50", "p90", "p99"), found, strict=True))
+    found = dict(zip(("p50", "p90", "p99"), ordered.quantile(levels).tolist(), strict=True))
+    reach = 1.96 * math.sqrt(len(values)) / 2
+    middle = (len(values) - 1) / 2
+    found["low"] = float(ordered[max(math.floor(middle - reach), 0)])
+    found["high"] = float(ordered[min(math.ceil(middle + reach), len(values) - 1)])
+    return found
 
 
 def nothing() -> None:

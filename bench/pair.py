@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.environment import environment, write_json
+from bench.environment import command, environment, write_json
 from bench.sides import bootstrap_median
 from speckv import Engine, Result, SamplingParams
 from speckv.prompts import Prompt, evaluation_prompts
@@ -65,6 +65,7 @@ def measure(
         "tokens": tokens,
         "prompts": rows,
         "policies": {name: summary(rows, name) for name in policies},
+        "command": command(),
         "environment": environment(),
     }
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.environment import environment, write_json
+from bench.environment import command, environment, write_json
 from bench.sides import (
     DTYPES,
     bootstrap_median,
@@ -68,6 +68,7 @@ def measure(dtype: str, pairs: int, tokens: int) -> dict[str, Any]:
         / float(np.median([r["transformers_s"] for r in rows])),
         "median_ratio": float(np.median(ratios)),
         "ratio_95": [low, high],
+        "command": command(),
         "environment": environment(),
     }
 

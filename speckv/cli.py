@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import _cli_bench, _cli_trace
 from . import _cli_options as opt
-from . import _cli_trace
 from ._version import __version__
 from .errors import PolicyError, SpeckvError
 from .sampling import SamplingParams
@@ -40,6 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _cli_trace.register(app)
+app.add_typer(_cli_bench.app, name="bench")
 
 
 def load_engine(model: opt.ModelOptions) -> Engine:

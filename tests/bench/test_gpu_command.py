@@ -167,8 +167,10 @@ def test_what_fails_the_command(row: dict[str, Any], failed: bool) -> None:
 
 def test_quantiles() -> None:
     assert lab.quantiles([4.0, 1.0, 3.0, 2.0, 5.0]) == pytest.approx(
-        {"p50": 3.0, "p90": 4.6, "p99": 4.96}
+        {"p50": 3.0, "p90": 4.6, "p99": 4.96, "low": 1.0, "high": 5.0}
     )
+    many = lab.quantiles([float(i) for i in range(101)])
+    assert (many["p50"], many["low"], many["high"]) == (50.0, 40.0, 60.0)
 
 
 def test_parts_merge_into_one_document(tmp_path: Path) -> None:
@@ -177,3 +179,10 @@ def test_parts_merge_into_one_document(tmp_path: Path) -> None:
     gpu.run_part("e2e", gpu.Lab(quick=True, dry=True), tmp_path)
     gpu.merge(tmp_path, tmp_path / "all.json")
     assert list(json.loads((tmp_path / "all.json").read_text())) == ["e2e"]
+    history = tmp_path / "history.jsonl"
+    for count in (1, 2):
+        gpu.merge(tmp_path, history)
+        lines = [json.loads(line) for line in history.read_text().splitlines()]
+        written = json.loads((tmp_path / "e2e.json").read_text())["rows"]
+        assert len(lines) == count * len(written)
+        assert all(line["environment"]["torch"] and line["part"] == "e2e" for line in lines)

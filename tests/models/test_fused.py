@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -243,11 +243,13 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def product(*arguments: Any, **options: Any) -> Interpreted:
         return Interpreted(*arguments, **options)
 
-    def attention(queries: Tensor, cache: Tensor, *arguments: Any, **options: Any) -> None:
-        scratch = ATTENTION.Scratch.allocate(
-            queries.shape, cache.shape[2] // 2, cache.shape[1], "cpu"
-        )
-        ATTENTION.attention_out(queries, cache, *arguments, **{**options, "scratch": scratch})
+    @cache
+    def scratch(shape: torch.Size, kv_heads: int, capacity: int) -> Any:
+        return ATTENTION.Scratch.allocate(shape, kv_heads, capacity, "cpu")
+
+    def attention(queries: Tensor, kv: Tensor, *arguments: Any, **options: Any) -> None:
+        own = scratch(queries.shape, kv.shape[2] // 2, kv.shape[1])
+        ATTENTION.attention_out(queries, kv, *arguments, **{**options, "scratch": own})
 
     monkeypatch.setattr(weights, "fused_product", product)
     monkeypatch.setattr(fused, "row_operations", lambda device: (ROPE.rope_append_out, attention))

@@ -1,0 +1,212 @@
+"""The README's section on speed, written from the committed results alone.
+
+    python -m bench.readme            # rewrite the section
+    python -m bench.readme --check    # fail if it is not what the results say
+
+A figure that is not in ``bench/history`` is not in the README; what has no result yet is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.environment import ROOT
+from speckv.files import write_atomically
+
+HISTORY = ROOT / "bench" / "history"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- results: python -m bench.readme -->\n", "<!-- end of results -->\n"
+_GPU_PARTS = ("draft", "verify", "linear", "forward", "loop", "audit", "e2e", "sanitizer")
+
+Results = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Documents by benchmark; a GPU run's is ``gpu``."""
+
+
+def read_results(folder: Path = HISTORY) -> dict[str, list[dict[str, Any]]]:
+    """The documents of a folder, by benchmark, those of a file name's order."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        kind = document.get("benchmark")
+        if kind is None and any("rows" in part for part in document.values() if _is_map(part)):
+            kind = "gpu"
+        if kind is not None:
+            found.setdefault(kind, []).append({**document, "file": path.name})
+    return found
+
+
+def section(results: Results) -> str:
+    """The section's text, without its heading."""
+    blocks = [*_plain(results), *_pair(results), *_assisted(results), *_gpu(results)]
+    return "\n".join(blocks)
+
+
+def _plain(results: Results) -> Iterator[str]:
+    rows = results.get("plain", ())
+    if not rows:
+        yield "Plain decoding beside `transformers` has not been measured.\n"
+        return
+    lines = ["| plain decoding over `transformers`' greedy `generate` | result | command |"]
+    lines.append("| --- | --- | --- |")
+    for row in rows:
+        low, high = row["ratio_95"]
+        lines.append(
+            f"| {row['dtype']} | {row['median_ratio']:.2f}x (95%: {low:.2f} to {high:.2f}) | "
+            f"`python -m bench.plain --dtype {row['dtype']}` |"
+        )
+    yield "\n".join(lines) + "\n"
+    row = rows[0]
+    yield _paragraph(
+        f"Median of the paired ratios of tokens per second, {len(row['pairs'])} interleaved pairs, "
+        f"{row['tokens']} tokens each, {_machine(row)} ({_files(rows)})."
+    )
+
+
+def _pair(results: Results) -> Iterator[str]:
+    for row in results.get("pair", ()):
+        policies = row["policies"]
+        parts = next(iter(policies.values()))
+        yield _paragraph(
+            f"{_pair_name(row)} over plain decoding by the same engine, greedy: median over "
+            f"{len(row['prompts'])} built-in prompts of up to {row['tokens']} tokens, which "
+            f"neither draft nor policy has seen, {_machine(row)} (`bench/history/{row['file']}`)."
+        )
+        heads = "".join(f" `{name}` (95%) | accepted |" for name in policies)
+        lines = [f"| task |{heads}", "| --- |" + " --- | --- |" * len(policies)]
+        for part in parts:
+            cells = "".join(_pair_cells(policy[part]) for policy in policies.values())
+            lines.append(f"| {part} |{cells}")
+        yield "\n".join(lines) + "\n"
+        if row.get("command"):
+            yield f"    {row['command']}\n"
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
+def _pair_cells(row: Mapping[str, Any]) -> str:
+    low, high = row["ratio_95"]
+    accepted = "none" if row["acceptance"] is None else f"{row['acceptance']:.0%}"
+    return f" {row['ratio']:.2f}x ({low:.2f} to {high:.2f}) | {accepted} |"
+
+
+def _assisted(results: Results) -> Iterator[str]:
+    rows = results.get("assisted", ())
+    if not rows:
+        yield "Assisted generation of `transformers` with the same pair has not been measured.\n"
+    for row in rows:
+        setting = row["tuned_setting"]
+        said = []
+        for name in ("default", "tuned"):
+            low, high = row[name]["ratio_95"]
+            ratio = row[name]["median_ratio"]
+            said.append(f"{ratio:.2f}x ({low:.2f} to {high:.2f}) its {name} setting")
+        yield _paragraph(
+            f"Over assisted generation of `transformers` with the same pair: {', '.join(said)}; "
+            f"tuned to {setting['num_assistant_tokens']} tokens and a threshold of "
+            f"{setting['assistant_confidence_threshold']}, {len(row['prompts'])} prompts, "
+            f"interleaved, {_machine(row)} (`bench/history/{row['file']}`)."
+        )
+        if row.get("command"):
+            yield f"    {row['command']}\n"
+
+
+def _gpu(results: Results) -> Iterator[str]:
+    runs = [row for row in results.get("gpu", ()) if _device(row) is not None]
+    ran = {part for row in runs for part in _GPU_PARTS if row.get(part, {}).get("rows")}
+    for row in runs:
+        yield f"On one {_device(row)} (`bench/history/{row['file']}`):\n"
+        yield "\n".join(_gpu_lines(row)) + "\n"
+    missing = [part for part in _GPU_PARTS if part not in ran]
+    if missing:
+        what = f"Of `make gpu`, {', '.join(missing)}" if ran else "Nothing"
+        have = "have" if ran and len(missing) > 1 else "has"
+        negated = " not" if ran else ""
+        yield _paragraph(
+            f"{what} {have}{negated} run on a GPU yet: kernels have compiled for three "
+            "architectures, and `make gpu` is the one command that runs and measures everything."
+        )
+
+
+def _gpu_lines(document: Mapping[str, Any]) -> Iterator[str]:
+    from bench.gpu import failed
+
+    yield "| what | | tokens/s, or us |"
+    yield "| --- | --- | --- |"
+    for part in _GPU_PARTS:
+        for row in document.get(part, {}).get("rows", ()):
+            found = row.get("tokens_per_second") or row.get("iteration_us") or row.get("kernel_us")
+            if not found or failed(row) or part in ("draft", "verify", "linear", "forward"):
+                continue
+            keys = ("target", "compression", "policy", "batch", "vocabulary")
+            shape = " ".join(str(row[key]) for key in keys if row.get(key) is not None)
+            injected = " (recorded signals and acceptance, injected)"
+            note = injected if "injected" in str(row.get("signals_and_acceptance")) else ""
+            yield f"| {row['name']}{note} | {shape} | {found['p50']:,.2f} |"
+
+
+def _device(document: Mapping[str, Any]) -> str | None:
+    """The GPU of a document's rows, or None where there was none."""
+    for part in document.values():
+        if _is_map(part) and "environment" in part:
+            device = str(part["environment"]["device"])
+            return None if device == "cpu" else device
+    return None
+
+
+def _pair_name(row: Mapping[str, Any]) -> str:
+    pair: str = row["engine"].partition(", policy")[0]
+    return pair[:1].upper() + pair[1:]
+
+
+def _machine(row: Mapping[str, Any]) -> str:
+    environment = row["environment"]
+    threads = environment["threads"]
+    cores = f"{threads} thread{'s' * (threads != 1)}"
+    if environment["device"] != "cpu":
+        return str(environment["device"])
+    return f"{cores} on {environment['cpu']}, {environment['cpu_capability']}"
+
+
+def _files(rows: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"`bench/history/{row['file']}`" for row in rows)
+
+
+def _is_map(value: object) -> bool:
+    return isinstance(value, Mapping)
+
+
+def rewrite(text: str, results: Results) -> str:
+    """The README with its section brought up to date.
+
+    Raises
+    ------
+    ValueError
+        If the marks are not there, once each and in order.
+    """
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{README.name}: expected the lines {BEGIN.strip()} and {END.strip()}")
+    return f"{head}{BEGIN}\n{section(results)}\n{END}{tail}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    arguments = parser.parse_args()
+    text = README.read_text(encoding="utf-8")
+    new = rewrite(text, read_results())
+    if arguments.check:
+        raise SystemExit(0 if new == text else "error: README.md: run python -m bench.readme")
+    write_atomically(README, lambda path: path.write_text(new, encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The README's section on speed says what the committed results say, and no more."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import readme
+
+MACHINE = {"device": "cpu", "threads": 2, "cpu": "a processor, 2 cores", "cpu_capability": "AVX2"}
+
+
+def pair() -> dict[str, Any]:
+    cell = {"ratio": 1.5, "ratio_95": [1.25, 1.75], "acceptance": 0.5}
+    return {
+        "benchmark": "pair",
+        "file": "pair.json",
+        "engine": "target t (bf16), draft d, policy speckv",
+        "prompts": [1, 2, 3],
+        "tokens": 64,
+        "policies": {"fixed:2": {"all": cell, "code": {**cell, "acceptance": None}}},
+        "command": "python -m bench.pair",
+        "environment": MACHINE,
+    }
+
+
+def gpu(device: str, parts: tuple[str, ...]) -> dict[str, Any]:
+    row = {"name": "device fixed:4", "target": "t", "tokens_per_second": {"p50": 321.0}}
+    environment = {"device": device}
+    return {"file": "gpu.json"} | {
+        part: {"environment": environment, "rows": [row]} for part in parts
+    }
+
+
+def test_the_committed_readme_is_up_to_date() -> None:
+    text = readme.README.read_text(encoding="utf-8")
+    assert readme.rewrite(text, readme.read_results()) == text
+
+
+def test_a_pair() -> None:
+    text = readme.section({"pair": [pair()]})
+    assert "Target t (bf16), draft d over plain decoding" in text
+    assert "median over 3 built-in prompts of up to 64 tokens" in " ".join(text.split())
+    assert "| all | 1.50x (1.25 to 1.75) | 50% |" in text
+    assert "| code | 1.50x (1.25 to 1.75) | none |" in text
+    assert "    python -m bench.pair" in text
+    assert all(len(line) <= 100 or line.startswith("|") for line in text.splitlines())
+
+
+def test_what_is_missing_is_said() -> None:
+    text = readme.section({})
+    assert "Plain decoding beside `transformers` has not been measured." in text
+    assert "Assisted generation of `transformers` with the same pair has not been measured." in text
+    assert "Nothing has run on a GPU yet" in text
+
+
+def test_a_dry_run_is_no_run() -> None:
+    assert "Nothing has run on a GPU" in readme.section({"gpu": [gpu("cpu", ("loop", "e2e"))]})
+
+
+def test_parts_that_ran() -> None:
+    text = readme.section({"gpu": [gpu("NVIDIA H100", ("loop", "e2e"))]})
+    assert "On one NVIDIA H100 (`bench/history/gpu.json`):" in text
+    assert "| device fixed:4 | t | 321.00 |" in text
+    assert (
+        "Of `make gpu`, draft, verify, linear, forward, audit, sanitizer have not run"
+        in " ".join(text.split())
+    )
+    every = readme.section({"gpu": [gpu("NVIDIA H100", readme._GPU_PARTS)]})
+    assert "have not run" not in every and "Nothing has" not in every
+
+
+def test_results_are_found_by_what_they_are(tmp_path: Path) -> None:
+    (tmp_path / "b.json").write_text(json.dumps(pair()))
+    (tmp_path / "a.json").write_text(json.dumps({**pair(), "tokens": 32}))
+    (tmp_path / "c.json").write_text(json.dumps(gpu("cpu", ("loop",))))
+    (tmp_path / "tests.json").write_text(json.dumps({"passed": True}))
+    found = readme.read_results(tmp_path)
+    assert [row["tokens"] for row in found["pair"]] == [32, 64]
+    assert set(found) == {"pair", "gpu"}
+
+
+def test_a_readme_without_marks_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected the lines <!-- results"):
+        readme.rewrite("# speckv\n", {})
