@@ -21,6 +21,7 @@ from bench import roofline
 from bench.lab import COST, Lab, Row, quantiles
 from bench.loop_rows import loop_kinds
 from bench.scripted import ScriptedDraft, scripts
+from bench.sides import transformers_side
 from speckv.decoding import RequestBatch
 from speckv.models.base import CausalModel
 from speckv.models.llama import LlamaDecoder
@@ -45,6 +46,7 @@ class _Pair:
 
 def e2e_rows(lab: Lab) -> Iterator[Row]:
     """Every pair, compression, loop and policy."""
+    yield from assisted_rows(lab)
     pairs = [("tiny", "tiny")] if lab.dry else list(PAIRS[:1] if lab.quick else PAIRS)
     compressions = COMPRESSIONS[:1] if lab.quick or lab.dry else COMPRESSIONS
     for draft_name, target_name in pairs:
@@ -69,6 +71,47 @@ def random_decoder(lab: Lab, name: str, compression: str) -> LlamaDecoder:
         device=lab.device,
         invariant=lab.dry,
     )
+
+
+def assisted_rows(lab: Lab) -> Iterator[Row]:
+    """Transformers' assisted generation on random models of one shape, beside the engine's loops.
+
+    Its default setting, and four draft tokens a step at any confidence, as ``fixed:4``.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = roofline.TINY if lab.dry else roofline.MODELS["Llama-3.2-1B"]
+    shallow = {**sizes, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    with torch.device(lab.device):
+        target, draft = (LlamaForCausalLM(LlamaConfig(**s)).bfloat16() for s in (sizes, shallow))
+    new = 8 if lab.dry else 128
+    settings: dict[str, dict[str, Any]] = {
+        "default": {},
+        "fixed:4": {
+            "num_assistant_tokens": 4,
+            "num_assistant_tokens_schedule": "constant",
+            "assistant_confidence_threshold": 0.0,
+        },
+    }
+    for name, setting in settings.items():
+        draft.generation_config.update(**setting)
+        run = transformers_side(target, new, assistant_model=draft, eos_token_id=None)
+        times = [run(_PROMPT) for _ in range(2 if lab.dry else 4)][1:]
+        tokens = len(times[0][1])
+        yield {
+            "name": f"transformers assisted generation {name}",
+            "target": "tiny" if lab.dry else "Llama-3.2-1B",
+            "draft": "one layer",
+            "compression": "bf16",
+            "dtype": "bf16",
+            "batch": 1,
+            "vocabulary": target.config.vocab_size,
+            "signals_and_acceptance": "the draft's",
+            "tokens": tokens,
+            "n": len(times),
+            "tokens_per_second": None if lab.dry else quantiles([tokens / s for s, _ in times]),
+        }
 
 
 def _pair_rows(lab: Lab, pair: _Pair, trace: Path | None) -> Iterator[Row]:

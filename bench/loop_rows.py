@@ -8,10 +8,12 @@ buffers that together exceed the L2 cache. `loop_rows` decode.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -184,6 +186,41 @@ def _decision_shape(lab: Lab, batch: int, vocabulary: int) -> Iterator[Row]:
         yield row
 
 
+def unfused_rows(lab: Lab) -> Iterator[Row]:
+    """Wall time of a decision as the paper makes it: PyTorch operations, then the host.
+
+    Softmax, entropy, confidence and token on the device, each brought to the host, then four
+    ``predict`` calls of a scikit-learn MLP of the paper's size.
+    """
+    vocabulary = 1031 if lab.dry else 128_256
+    row: Row = {"name": "unfused decision on the host", "batch": 1, "vocabulary": vocabulary}
+    row |= {"dtype": "bf16", "n": 0, "host_us": None}
+    try:
+        from sklearn.neural_network import MLPRegressor
+    except ImportError:
+        yield row | {"problem": "scikit-learn is not installed"}
+        return
+    rng = np.random.default_rng(0)
+    regressor = MLPRegressor(hidden_layer_sizes=(16,), max_iter=20, random_state=42)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # whether it has converged is of no effect on its cost
+        regressor.fit(rng.random((200, 6)), rng.random(200))
+    logits = torch.randn(1, vocabulary, device=lab.device, dtype=torch.bfloat16)
+    found = []
+    for i in range(3 if lab.dry else 220):
+        began = time.perf_counter_ns()
+        p = torch.softmax(logits.float(), -1)
+        entropy = float(-(p * (p + 1e-12).log2()).sum(-1).item())
+        confidence, token = p.max(-1)
+        signals = [entropy, float(confidence.item()), entropy, float(confidence.item()), 0.0]
+        token.item()
+        for gamma in (2, 4, 6, 8):
+            regressor.predict(np.array([[*signals, gamma]]))
+        if i >= 20:
+            found.append((time.perf_counter_ns() - began) / 1e3)
+    yield row | ({} if lab.dry else {"n": len(found), "host_us": quantiles(found)})
+
+
 def _bare_argmax(lab: Lab, logits: Tensor, tokens: Tensor) -> Callable[[Tensor], Any]:
     """The bare argmax of one of ``logits`` [copies, B, V] into ``tokens``."""
     if lab.dry:
@@ -251,6 +288,7 @@ def share_rows(
                 "identical_to_plain": same,
                 "decode_seconds": None,
                 "prefill_seconds": None,
+                "launch_us": None,
                 "forwards_seconds": None,
                 "above_forwards": None,
             }
@@ -260,6 +298,7 @@ def share_rows(
                 row |= {
                     "decode_seconds": spent,
                     "prefill_seconds": prefill,
+                    "launch_us": 1e6 * loop.launch_seconds if kind == "device" else None,
                     "forwards_seconds": total,
                     "above_forwards": spent["p50"] / total - 1.0,
                 }

@@ -47,7 +47,7 @@ def transformers_side(
 
     def run(prompt: list[int]) -> tuple[float, list[int]]:
         before()
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=model.device)
         start = time.perf_counter()
         with torch.inference_mode():
             output = model.generate(

@@ -52,7 +52,7 @@ def _group(item: pytest.Item) -> str:
     """
     parameters = getattr(item, "callspec", None)
     compression = parameters.params.get("compression", "") if parameters is not None else ""
-    return f"{item.path.relative_to(HERE)} {compression}"
+    return f"{os.path.relpath(item.path, HERE)} {compression}"
 
 
 def _has_gpu() -> bool:

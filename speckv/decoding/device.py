@@ -6,6 +6,7 @@ reads tokens as they arrive in pinned memory.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,11 @@ class DeviceLoop(GraphedLoop):
         The CUDA driver.
     arguments, options
         As of `PlannedLoop`.
+
+    Attributes
+    ----------
+    launch_seconds : float
+        Host time of the last generation's one launch.
     """
 
     _reads_conditions = False
@@ -37,6 +43,7 @@ class DeviceLoop(GraphedLoop):
         self._driver = driver or Driver()
         self._plans: dict[Form, PlanGraph] = {}
         self._launched = False
+        self.launch_seconds = 0.0
 
     def _prepare(self, works: Works) -> Works:
         works = super()._prepare(works)
@@ -56,7 +63,9 @@ class DeviceLoop(GraphedLoop):
         if reader.done:
             return
         self._launched = True
+        start = time.perf_counter()
         self._plans[works.form].launch(current_stream(self.target.device))
+        self.launch_seconds = time.perf_counter() - start
         while not reader.done:
             yield self._await_records(reader)
 

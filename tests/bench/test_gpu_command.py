@@ -37,6 +37,7 @@ def test_the_part_of_the_loops(tmp_path: Path) -> None:
     for name in ("WHILE", "WHILE + SWITCH(4)", "nested WHILE"):
         assert named[name]["counted"] == named[name]["iterations"] == 10
         assert named[name]["iteration_us"] is None
+    assert named["unfused decision on the host"]["host_us"] is None
     assert {"chained torch.argmax", "chained bare argmax", "chained draft_step"} <= set(named)
     assert named["planned fixed:4"]["steps"] > 0
     assert named["planned fixed:4"]["above_forwards"] is None
@@ -58,7 +59,7 @@ def test_policies_on_recorded_signals(tmp_path: Path) -> None:
     dry = gpu.Lab(quick=True, dry=True)
     bare = gpu.run_part("e2e", dry, tmp_path)
     assert {row["signals_and_acceptance"] for row in bare} == {"the draft's"}
-    assert {row["name"].split()[1].partition(":")[0] for row in bare} == {"fixed"}
+    assert {row["name"].split()[-1].partition(":")[0] for row in bare} == {"fixed", "default"}
     dry.trace = tmp_path / "trace.parquet"
     trace = made_up_trace(prompts=6, length=20, compressions=("bf16",), temperatures=(0.0,))
     parts = [
@@ -66,7 +67,9 @@ def test_policies_on_recorded_signals(tmp_path: Path) -> None:
         for i, answer in enumerate(trace.answers)
     ]
     write_trace(dry.trace, trace.info, parts)
-    rows = {row["name"]: row for row in gpu.run_part("e2e", dry, tmp_path)[len(bare) :]}
+    found = gpu.run_part("e2e", dry, tmp_path)
+    assert [row["name"] for row in found[: len(bare)]] == [row["name"] for row in bare]
+    rows = {row["name"]: row for row in found[len(bare) :]}
     assert {f"planned {name}" for name in (*e2e_rows.FIXED, *e2e_rows.LOOKING)} == set(rows)
     for row in rows.values():
         assert row["signals_and_acceptance"] == "recorded, injected"
