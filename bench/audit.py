@@ -12,6 +12,7 @@ import resource
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -41,6 +42,7 @@ _TRACED_WAITS = (
     "Memcpy DtoH",
 )
 _TRACED_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cuGraphLaunch")
+_SPAN = "generation"
 _HOST_SLACK = 16 << 20
 """Bytes that the allocator of the host may still spread over."""
 
@@ -125,6 +127,10 @@ class _Dispatched(TorchDispatchMode):
         result = operation(*arguments, **(options or {}))
         name, audit = operation.overloadpacket.__name__, self._audit
         watched = [a for a in arguments if audit._watched(a)]
+        if name in ("_to_copy", "copy_") and audit._watched(result):
+            source = arguments[1] if name == "copy_" else arguments[0]
+            if source.device.type == "cpu" != audit._device_type and not source.is_pinned():
+                audit.note(f"{name} from pageable memory")
         if watched and name in _READING_OPERATIONS:
             audit.note(name)
         elif name in ("_to_copy", "copy_") and audit._device_type != "cpu":
@@ -156,6 +162,16 @@ def trace_syncs(names: Iterable[str]) -> tuple[list[str], int]:
     return waits, sum(any(launch in n for launch in _TRACED_LAUNCHES) for n in every)
 
 
+def within(events: Iterable[Any], span: str) -> Iterator[str]:
+    """Names of the events inside the one named ``span``: the profiler waits too, once it ends."""
+    every = list(events)
+    outer = next(event.time_range for event in every if event.name == span)
+    for event in every:
+        inside = outer.start <= event.time_range.start and event.time_range.end <= outer.end
+        if inside and event.name != span:
+            yield event.name
+
+
 def audit_rows(lab: Lab, target: CausalModel, draft: CausalModel) -> Iterator[Row]:
     """Syncs of each loop on graphs, then what many generations leave behind."""
     kinds = {kind: make for kind, make in loop_kinds(lab).items() if kind != "eager"}
@@ -177,6 +193,12 @@ def audit_rows(lab: Lab, target: CausalModel, draft: CausalModel) -> Iterator[Ro
         del loop
 
 
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM."""
+    pages = Path("/proc/self/statm").read_text().split()[1]
+    return int(pages) * resource.getpagesize()
+
+
 def growth_row(lab: Lab, kind: str, loop: Loop, requests: RequestBatch, policy: Tensor) -> Row:
     """Memory before and after many generations, the first few left out: they fill caches."""
     count = 20 if lab.dry else 200 if lab.quick else 1000
@@ -186,7 +208,7 @@ def growth_row(lab: Lab, kind: str, loop: Loop, requests: RequestBatch, policy: 
             pass
         if i in (count // 10, count - 1):
             device = 0 if lab.dry else torch.cuda.memory_allocated()
-            readings.append((device, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+            readings.append((device, resident_bytes()))
     (device, host), (device_later, host_later) = readings
     grown = {"device_bytes": device_later - device, "host_bytes": host_later - host}
     grew = grown["device_bytes"] > 0 or grown["host_bytes"] > _HOST_SLACK
@@ -215,10 +237,10 @@ def audit_row(kind: str, loop: Loop, requests: RequestBatch, policy: Tensor) -> 
         running = iter(loop.run(requests, policy))
         next(running)
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profiler:
+        profiled = torch.profiler.profile(activities=activities)
+        with profiled as profiler, torch.profiler.record_function(_SPAN):
             for _ in running:
                 pass
-        waits, launched = trace_syncs(event.name for event in profiler.events())
-        # The profiler itself waits for the device once it ends.
+        waits, launched = trace_syncs(within(profiler.events(), _SPAN))
         row |= {"traced_syncs": waits, "launches_per_step": launched / count}
     return row

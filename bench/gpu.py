@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -91,13 +92,19 @@ def sanitizer_part(lab: Lab) -> Iterator[Row]:
 
 
 def run_tests(command: list[str]) -> Row:
-    """Exit code, seconds and last lines of a command."""
+    """Exit code, seconds and last lines of a command; 124 if it took half of a part's time."""
     start = time.perf_counter()
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    try:
+        run = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=PART_SECONDS / 2
+        )
+        code, said = run.returncode, run.stdout
+    except subprocess.TimeoutExpired as late:
+        code, said = 124, late.stdout.decode() if late.stdout else ""
     return {
-        "exit_code": run.returncode,
+        "exit_code": code,
         "seconds": time.perf_counter() - start,
-        "tail": run.stdout.splitlines()[-15:],
+        "tail": said.splitlines()[-15:],
     }
 
 
@@ -123,7 +130,7 @@ def run_part(name: str, lab: Lab, out: Path, seconds: float = PART_SECONDS) -> l
     """
     rows: list[Row] = []
     end = time.monotonic() + seconds
-    for row in PARTS[name](lab):
+    for row in _until_an_error(PARTS[name](lab)):
         rows.append({"part": name, "dry_run": lab.dry, "quick": lab.quick, **row})
         print(json.dumps(rows[-1]), flush=True)
         cut = time.monotonic() > end
@@ -132,6 +139,15 @@ def run_part(name: str, lab: Lab, out: Path, seconds: float = PART_SECONDS) -> l
             print(f"{name}: cut after {seconds:.0f} s", file=sys.stderr)
             break
     return rows
+
+
+def _until_an_error(rows: Iterator[Row]) -> Iterator[Row]:
+    """Rows; what goes wrong becomes the last one, so that other parts are measured all the same."""
+    try:
+        yield from rows
+    except Exception as error:
+        traceback.print_exc()
+        yield {"name": "error", "exit_code": 1, "problem": f"{type(error).__name__}: {error}"}
 
 
 def merge(out: Path, file: Path) -> None:

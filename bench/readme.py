@@ -73,8 +73,8 @@ def _pair(results: Results) -> Iterator[str]:
         parts = next(iter(policies.values()))
         yield _paragraph(
             f"{_pair_name(row)} over plain decoding by the same engine, greedy: median over "
-            f"{len(row['prompts'])} built-in prompts of up to {row['tokens']} tokens, which "
-            f"neither draft nor policy has seen, {_machine(row)} (`bench/history/{row['file']}`)."
+            f"{len(row['prompts'])} built-in prompts of up to {row['tokens']} tokens"
+            f"{_unseen(row)}, {_machine(row)} (`bench/history/{row['file']}`)."
         )
         heads = "".join(f" `{name}` (95%) | accepted |" for name in policies)
         lines = [f"| task |{heads}", "| --- |" + " --- | --- |" * len(policies)]
@@ -88,6 +88,12 @@ def _pair(results: Results) -> Iterator[str]:
 
 def _paragraph(text: str) -> str:
     return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
+def _unseen(row: Mapping[str, Any]) -> str:
+    """What the command says of the prompts left out."""
+    left_out = "--skip" in str(row.get("command"))
+    return ", none of those that policies were chosen by" if left_out else ""
 
 
 def _pair_cells(row: Mapping[str, Any]) -> str:
@@ -119,7 +125,7 @@ def _assisted(results: Results) -> Iterator[str]:
 
 def _gpu(results: Results) -> Iterator[str]:
     runs = [row for row in results.get("gpu", ()) if _device(row) is not None]
-    ran = {part for row in runs for part in _GPU_PARTS if row.get(part, {}).get("rows")}
+    ran = {part for row in runs for part in _GPU_PARTS if _passed(row, part)}
     for row in runs:
         yield f"On one {_device(row)} (`bench/history/{row['file']}`):\n"
         yield "\n".join(_gpu_lines(row)) + "\n"
@@ -132,6 +138,14 @@ def _gpu(results: Results) -> Iterator[str]:
             f"{what} {have}{negated} run on a GPU yet: kernels have compiled for three "
             "architectures, and `make gpu` is the one command that runs and measures everything."
         )
+
+
+def _passed(document: Mapping[str, Any], part: str) -> bool:
+    """Whether a part has a row, and none that failed."""
+    from bench.gpu import failed
+
+    rows = document.get(part, {}).get("rows", ())
+    return bool(rows) and not any(failed(row) for row in rows)
 
 
 def _gpu_lines(document: Mapping[str, Any]) -> Iterator[str]:

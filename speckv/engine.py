@@ -19,7 +19,7 @@ from .decoding.lookup import Lookup, parse_draft
 from .decoding.requests import RequestBatch
 from .decoding.stats import Stats
 from .decoding.trained import identify, trained_policy
-from .errors import NumericsError, SpeckvError
+from .errors import SpeckvError
 from .kernels.checks import dtype_name
 from .kernels.layout import DONE_LENGTH, DONE_STOP
 from .models.base import CausalModel
@@ -247,13 +247,16 @@ class Engine:
         """Prepare for requests of up to ``batch_size`` rows and ``length`` tokens.
 
         Measures the costs that the policy needs, allocates caches and buffers, and decodes a little
-        in every way of sampling, with and without a draft, so that every kernel is compiled:
-        requests within these bounds do none of it.
+        in every way of sampling, plainly and under the engine's policy, so that every kernel is
+        compiled: requests of ``batch_size`` rows within these bounds do none of it. Loops on graphs
+        capture anew for another number of rows, and for a policy with another largest γ.
         """
         rows = min(batch_size, self.max_batch_size)
         self._loops.reserve(rows, min(length, self.max_length))
         self._pack(self.policy)
-        policies = ["fixed:0"] if self._cannot_draft else ["fixed:0", "fixed:2"]
+        policies: list[str | Policy] = ["fixed:0"]
+        if not self._cannot_draft:
+            policies += ["fixed:2", self.policy]
         for policy in policies:
             for options in _WAYS_OF_SAMPLING:
                 params = SamplingParams(max_new_tokens=4, seed=0, ignore_eos=True, **options)
@@ -401,8 +404,8 @@ class _Generation:
                 self._add_seconds(loop, elapsed)
                 for record in records:
                     yield self._advance(loop, record, elapsed)
-        except NumericsError:
-            # What is not finite now stands in the caches, and would reach later requests.
+        except SpeckvError:
+            # What is not finite now stands in the caches, or the device has not ended.
             engine._loops.drop()
             raise
         except KeyboardInterrupt:

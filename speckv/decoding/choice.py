@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..models.base import CausalModel
@@ -36,6 +37,8 @@ class Loop(Protocol):
     def run(self, requests: RequestBatch, policy: Tensor) -> Iterator[list[StepRecord]]: ...
 
     def finish(self, row: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ def _not_capturable(
     """Why a pair's forwards cannot stand in a CUDA graph."""
     if target.device.type != "cuda":
         return "CUDA graphs need a GPU"
+    if target.device.index not in (None, current_device()):
+        return f"{target.device} is not torch's current device"
     if lookup is not None:
         return "a lookup searches on the host"
     for model in (target, draft):
@@ -105,7 +110,8 @@ def _not_capturable(
 def _driver_problem(driver: Callable[[], Driver]) -> str | None:
     """Why the driver cannot run conditional nodes."""
     try:
-        version = driver().version
+        opened = driver()
+        version = opened.version
     except ImportError:
         return "conditional graphs need cuda-bindings: pip install 'speckv[graphs]'"
     except (CudaError, RuntimeError, OSError) as error:
@@ -113,7 +119,16 @@ def _driver_problem(driver: Callable[[], Driver]) -> str | None:
     if version < DRIVER_MIN:
         needed, found = (f"{v // 1000}.{v % 1000 // 10}" for v in (DRIVER_MIN, version))
         return f"conditional graphs need a driver of CUDA {needed}, found {found}"
+    try:
+        opened.try_conditionals()
+    except (CudaError, TypeError, AttributeError) as error:
+        return f"a conditional graph cannot be built: {error}"
     return None
+
+
+def current_device() -> int:
+    """The device that captures and launches go to."""
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
 
 class Loops:
@@ -157,11 +172,14 @@ class Loops:
         return self._grown(kind, requests.size, max(requests.limits))
 
     def reserve(self, batch: int, length: int) -> None:
-        """Make room for requests of up to this size."""
-        self._grown(self.choice.kind, batch, length)
+        """Make room for requests of up to this size, of any coupling."""
+        for kind in dict.fromkeys((self.choice.kind, "eager")):
+            self._grown(kind, batch, length)
 
     def drop(self) -> None:
         """Forget all loops: what stands in their caches must not reach later requests."""
+        for loop in self._loops.values():
+            loop.close()
         self._loops.clear()
 
     def _grown(self, kind: str, batch: int, length: int) -> Loop:
@@ -170,7 +188,8 @@ class Loops:
             batch = max(batch, loop.batch if loop else 0)
             length = max(length, loop.capacity if loop else 0)
             length = min(-(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, self._max_length)
-            self._loops.pop(kind, None)  # its memory goes before the new one's comes
+            if loop is not None:  # its memory goes before the new one's comes
+                self._loops.pop(kind).close()
             del loop
             self._loops[kind] = loop = self._make(kind, batch, length)
         return loop

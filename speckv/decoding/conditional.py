@@ -62,6 +62,23 @@ class Driver:
         """Of the driver, such as 13000."""
         return int(self.call("cuDriverGetVersion"))
 
+    def try_conditionals(self) -> None:
+        """Build and instantiate, without launching, a graph of every kind of node that plans need.
+
+        Raises
+        ------
+        CudaError, TypeError, AttributeError
+            If the driver, or this version of cuda-bindings, cannot.
+        """
+        graph = self.new_graph()
+        handles = [self.new_handle(graph) for _ in range(3)]
+        node = self.add_set_conditions(graph, [], 0, [(handle, 0) for handle in handles])
+        for kind, handle, size in zip(("WHILE", "IF", "SWITCH"), handles, (1, 1, 2), strict=True):
+            node, bodies = self.add_conditional(graph, [node], kind, handle, size)
+            for body in bodies:
+                self.add_set_conditions(body, [], 0, [(handle, 0)])
+        self.destroy(self.instantiate(graph), graph)
+
     def new_graph(self) -> Any:
         return self.call("cuGraphCreate", 0)
 

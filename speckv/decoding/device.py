@@ -16,7 +16,7 @@ from . import plan as of
 from .conditional import Driver, PlanGraph
 from .eager import StepRecord
 from .graphed import GraphedLoop, synchronize
-from .planned import _Reader
+from .planned import Reader
 from .works import Form, Works
 
 
@@ -53,13 +53,22 @@ class DeviceLoop(GraphedLoop):
         self._plans[works.form] = PlanGraph(plan, graphs, words, self._driver)
         return works
 
+    def close(self) -> None:
+        """Give everything back, once the device has ended; the loop cannot be used again."""
+        self._shared.cancel.fill_(1)
+        synchronize(self.target.device)
+        for graph in self._plans.values():
+            graph.close()
+        self._plans.clear()
+        super().close()
+
     def _begin(self, *arguments: Any) -> None:
         if self._launched:  # an abandoned generation may not have ended
             synchronize(self.target.device)
             self._launched = False
         super()._begin(*arguments)
 
-    def _decode(self, plan: of.Plan, works: Works, reader: _Reader) -> Iterator[list[StepRecord]]:
+    def _decode(self, plan: of.Plan, works: Works, reader: Reader) -> Iterator[list[StepRecord]]:
         if reader.done:
             return
         self._launched = True

@@ -176,6 +176,9 @@ class EagerLoop:
         """End row ``row`` after the records it has given (a stop text was found on the host)."""
         self._state.rows[row, at.DONE] = at.DONE_STOP
 
+    def close(self) -> None:
+        """Nothing: what the loop holds goes with it."""
+
     def _begin(self, requests: RequestBatch) -> StepState:
         if requests.size > self.batch or max(requests.limits) > self.capacity:
             raise ValueError(

@@ -59,8 +59,14 @@ class GraphedLoop(PlannedLoop):
         if graphs is None:
             super()._run(works, name)
             return
-        graphs[name].replay()
         self._ticket += of.publishes(name)
+        graphs[name].replay()
+
+    def close(self) -> None:
+        """Give everything back, once the device has ended; the loop cannot be used again."""
+        synchronize(self.target.device)
+        self._graphs.clear()
+        super().close()
 
     def _wait(self, ready: Callable[[], bool]) -> None:
         """Poll until the device has written what is waited for."""
@@ -81,11 +87,13 @@ class GraphedLoop(PlannedLoop):
 
 
 def capture(work: Callable[[], None], pool: Any) -> tuple[Any, Any]:
-    """A CUDA graph of what ``work`` launches, and the memory pool that it shares with others."""
+    """A CUDA graph of what ``work`` launches, and the memory pool that it shares with others.
+
+    It is instantiated when it is first replayed, which in the device loop few are.
+    """
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     with torch.cuda.graph(graph, pool=pool):
         work()
-    graph.instantiate()
     return graph, graph.pool()
 
 

@@ -6,6 +6,7 @@ between, and the step records as they are told. On the CPU the works are plain c
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class PlannedLoop:
     Attributes
     ----------
     seconds : Seconds
-        Host wall time; what runs on the device in between is not told apart.
+        Host wall time of the prefill; NaN for what is not told apart.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class PlannedLoop:
         )
         self._works: dict[Form, Works] = {}
         self._generation = 0
-        self._reader: _Reader | None = None
+        self._reader: Reader | None = None
         self._ticket = 0
         self._words: NDArray[np.int64] = np.zeros(0, np.int64)
         if self._reads_conditions:
@@ -113,10 +114,10 @@ class PlannedLoop:
         works = self._works_for(form)
         plan = of.generation_plan(form.gamma_cap)
         start = time.perf_counter()
-        self.seconds = Seconds()
+        self.seconds = Seconds(draft=math.nan, verify=math.nan, decision=math.nan)
         works.load(requests, policy)
         self._begin(requests, works)
-        reader = self._reader = _Reader(requests, works.loop, self._generation)
+        reader = self._reader = Reader(requests, works.loop, self._generation)
         self._prefill(requests, works)
         told = self._await_records(reader)
         self.seconds.prefill += time.perf_counter() - start
@@ -135,15 +136,22 @@ class PlannedLoop:
         if self._reader is not None:
             self._reader.forget(row)
 
-    def _decode(self, plan: of.Plan, works: Works, reader: _Reader) -> Iterator[list[StepRecord]]:
+    def close(self) -> None:
+        """Give everything back; the loop cannot be used again."""
+        self._shared.cancel.fill_(1)
+        for works in self._works.values():
+            works.close()
+        self._works.clear()
+
+    def _decode(self, plan: of.Plan, works: Works, reader: Reader) -> Iterator[list[StepRecord]]:
         """Every step after the prefill's."""
-        for name in of.follow(plan, lambda name: self._run(works, name), self._read):
-            if name == of.CLOSE and (records := reader.poll()):
+        for _ in of.follow(plan, lambda name: self._run(works, name), self._read):
+            if records := reader.poll():
                 yield records
         while not reader.done:
             yield self._await_records(reader)
 
-    def _await_records(self, reader: _Reader) -> list[StepRecord]:
+    def _await_records(self, reader: Reader) -> list[StepRecord]:
         """The next records, at least one."""
         found: list[StepRecord] = []
 
@@ -156,8 +164,8 @@ class PlannedLoop:
 
     def _run(self, works: Works, name: str) -> None:
         """Run, or enqueue, a work."""
+        self._ticket += of.publishes(name)  # first: an interruption may come in between
         works(name)
-        self._ticket += of.publishes(name)
 
     def _read(self, conditions: list[int]) -> list[int]:
         """The conditions as the last work has published them."""
@@ -200,8 +208,10 @@ class PlannedLoop:
             state.reset(row, prompt, requests.limits[row], requests.request_ids[row])
             state.rows[row, at.DRAFT_LENGTH] = len(prompt) if self._can_reach(prompt) else 0
         new = [limit - len(p) for limit, p in zip(requests.limits, requests.prompts, strict=True)]
-        control = [self._generation, 0, max(new) + 1]
-        loop.control[: at.TICKET] = torch.tensor(control, dtype=torch.int32)
+        words = [0] * at.CONTROL_WORDS
+        words[at.GENERATION], words[at.MOST_STEPS] = self._generation, max(new) + 1
+        words[at.TICKET] = self._ticket  # never behind the device's: no old word can match
+        loop.control.copy_(torch.tensor(words, dtype=torch.int32))
         loop.cancel.zero_()
 
     def _can_reach(self, prompt: list[int]) -> bool:
@@ -237,7 +247,7 @@ class _Row:
     done: bool = False
 
 
-class _Reader:
+class Reader:
     """Reads records as they are told; a record whose tokens have not all arrived waits."""
 
     def __init__(self, requests: RequestBatch, loop: LoopState, generation: int) -> None:

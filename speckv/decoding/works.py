@@ -143,6 +143,10 @@ class Works:
             for column, repeated in zip(columns, self._repeated(width), strict=True):
                 column.copy_(repeated)
 
+    def close(self) -> None:
+        """Let go of the buffers: the calls and this object hold each other."""
+        self._calls.clear()
+
     @property
     def names(self) -> list[str]:
         """The works there are."""

@@ -63,6 +63,7 @@ class LlamaDecoder:
         self.device = weights.embedding.device
         self._weights = weights
         self._table = weights.embedding.new_empty(0, 2, config.head_dim)
+        self._tables: list[Tensor] = []  # captured graphs read the one that was there
         self._on_host = isinstance(weights.head, ProvenRows)
         fused = [layer.fused for layer in weights.layers if layer.fused is not None]
         self._fused = FusedLayers(config, fused) if fused else None
@@ -288,6 +289,7 @@ class LlamaDecoder:
                 self.config.inv_freq, self.config.rope_scale, rows, self.dtype
             )
             self._table = table.to(self.device)
+            self._tables.append(self._table)
 
     def _plan_rows(self) -> None:
         """Find the row counts that most operations of a layer have been proven for."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from bench.audit import SyncAudit, audited, trace_syncs
+from bench.audit import SyncAudit, audited, trace_syncs, within
 from speckv.decoding import EagerLoop, device, graphed
 from speckv.decoding.conditional import Driver
 from speckv.decoding.device import DeviceLoop
@@ -66,6 +67,24 @@ def test_waits_and_launches_of_a_trace() -> None:
     waits, launches = trace_syncs(names)
     assert waits == ["cudaStreamSynchronize", "Memcpy DtoH (Device -> Pinned)"]
     assert launches == 3
+
+
+def test_copies_from_pageable_memory_are_found() -> None:
+    with SyncAudit("meta") as audit:
+        torch.ones(3).to("meta")
+        torch.empty(3, device="meta").copy_(torch.ones(3))
+    assert [line.split(" at ")[0] for line in audit.found] == [
+        "_to_copy from pageable memory",
+        "copy_ from pageable memory",
+    ]
+
+
+def test_events_of_a_span() -> None:
+    def event(name: str, start: int, end: int) -> Any:
+        return SimpleNamespace(name=name, time_range=SimpleNamespace(start=start, end=end))
+
+    events = [event("a", 0, 1), event("generation", 2, 9), event("b", 3, 4), event("c", 8, 12)]
+    assert list(within(events, "generation")) == ["b"]
 
 
 @pytest.mark.parametrize("policy", ["fixed:0", "fixed:3", "speckv"])

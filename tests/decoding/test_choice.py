@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from speckv import Engine, SamplingParams
+from speckv import Engine, SamplingParams, _cli_options
 from speckv.decoding import choice
 from speckv.decoding.choice import Loops, choose_loop
 from speckv.decoding.conditional import CudaError, Driver
@@ -92,6 +92,22 @@ def test_what_cannot_be_had_is_refused() -> None:
         Engine(here, None, here, loop="fast")
 
 
+def test_a_driver_that_cannot_build_one() -> None:
+    """Too old a cuda-bindings, or whatever the driver says."""
+    for call in ("cuGraphAddNode", "cuModuleLoadData", "cuGraphInstantiate"):
+        broken: Any = lambda call=call: Driver(Api({}, fails=call))  # noqa: E731
+        found = str(choose_loop(OnCuda(), None, driver=broken))
+        assert found == f"graphed loop (a conditional graph cannot be built: {call}: 1)"
+    old = Api({})
+    old.cuGraphAddNode = lambda graph, after, count, parameters: (0, None)  # type: ignore
+    found = str(choose_loop(OnCuda(), None, driver=lambda: Driver(old)))
+    assert found.startswith("graphed loop (a conditional graph cannot be built: ")
+
+
+def test_names_of_loops() -> None:
+    assert choice.LOOPS == _cli_options.LOOPS
+
+
 def test_loops_are_made_once_and_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rejection sampling has an eager loop of its own beside the chosen one."""
     made: list[tuple[str, int, int]] = []
@@ -99,11 +115,10 @@ def test_loops_are_made_once_and_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     def kind(name: str) -> Any:
         def make(*pair: Any, batch: int, capacity: int, **options: Any) -> Any:
             made.append((name, batch, capacity))
-            return SimpleNamespace(batch=batch, capacity=capacity)
+            return SimpleNamespace(batch=batch, capacity=capacity, close=lambda: None)
 
         return make
 
-    monkeypatch.setattr(choice, "Driver", driver())
     monkeypatch.setattr(choice, "DeviceLoop", kind("device"))
     monkeypatch.setattr(choice, "EagerLoop", kind("eager"))
     pair = OnCuda(), OnCuda()
@@ -125,7 +140,7 @@ def test_loops_are_made_once_and_grow(monkeypatch: pytest.MonkeyPatch) -> None:
         ("device", 1, 512),
         ("device", 2, 1024),
         ("device", 2, 2000),
-        ("eager", 1, 512),
+        ("eager", 1, 2000),
     ]
     loops.drop()
     loops.take(requests(1, 9))

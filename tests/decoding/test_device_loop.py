@@ -139,7 +139,7 @@ def loops(api: Api, draft: str, batch: int) -> tuple[EagerLoop, GraphedLoop, Dev
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("sampling", ["greedy", "sampled", "mixed"])
+@pytest.mark.parametrize("sampling", ["greedy", "sampled", "truncated", "mixed"])
 @pytest.mark.parametrize("rows", [[2], [0, 1, 2, 3]], ids=["B1", "B4"])
 def test_steps_of_the_eager_loop(policy: str, sampling: str, rows: list[int], api: Api) -> None:
     eager, *others = loops(api, "perturbed", len(rows))

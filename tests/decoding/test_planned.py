@@ -87,6 +87,7 @@ def test_one_loop_for_many_requests() -> None:
     eager = EagerLoop(target, draft, batch=4, capacity=CAPACITY)
     turns = [("greedy", [0, 1, 2, 3], "fixed:4"), ("sampled", [2], "entropy:1.5")]
     turns += [("truncated", [3, 1], "fixed:4"), ("greedy", [3, 0, 1, 2], "fixed:0")]
+    turns += [("truncated", [0, 2], "fixed:4")]  # the form of those before, other parameters
     for sampling, rows, policy in turns + turns[:3]:
         requests = batch_of(sampling, rows, grid.EOS)
         expected = by_row(eager.run(requests, packed(policy)))
@@ -128,6 +129,8 @@ def test_a_row_that_the_host_ends() -> None:
             cut.setdefault(record.row, []).append(record)
             if record.row == 2 and len(cut[2]) == 3:
                 loop.finish(2)
+    ended = loop._state.rows[2]
+    assert ended[at.DONE] == at.DONE_STOP and ended[at.LENGTH] < ended[at.LIMIT] - 8
     assert len(whole[2]) > 4 and cut[2] == whole[2][:3]
     assert {row: cut[row] for row in (0, 1, 3)} == {row: whole[row] for row in (0, 1, 3)}
 

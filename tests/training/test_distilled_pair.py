@@ -89,7 +89,7 @@ def test_the_head_proposes_its_own_tokens_alone(
     pair = engine(folder, draft)
     assert pair.draft is not None and pair.draft.vocab_size == HEAD
     assert str(folder) in pair.describe() and f"draft (2 layers, head {HEAD}" in pair.describe()
-    assert torch.equal(pair._id_map, id_map.int())
+    assert torch.equal(pair._loops._id_map, id_map.int())
 
 
 def test_other_drafts_of_the_same_target(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
