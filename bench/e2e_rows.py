@@ -26,6 +26,7 @@ from speckv.decoding import RequestBatch
 from speckv.models.base import CausalModel
 from speckv.models.llama import LlamaDecoder
 from speckv.policies import CostTable, parse_policy
+from speckv.prompts import evaluation_prompts
 from speckv.sampling import SamplingParams
 
 FIXED = tuple(f"fixed:{gamma}" for gamma in (0, 2, 4, 6, 8))
@@ -46,6 +47,7 @@ class _Pair:
 
 def e2e_rows(lab: Lab) -> Iterator[Row]:
     """Every pair, compression, loop and policy."""
+    yield from default_pair_rows(lab)
     yield from assisted_rows(lab)
     pairs = [("tiny", "tiny")] if lab.dry else list(PAIRS[:1] if lab.quick else PAIRS)
     compressions = COMPRESSIONS[:1] if lab.quick or lab.dry else COMPRESSIONS
@@ -71,6 +73,39 @@ def random_decoder(lab: Lab, name: str, compression: str) -> LlamaDecoder:
         device=lab.device,
         invariant=lab.dry,
     )
+
+
+def default_pair_rows(lab: Lab) -> Iterator[Row]:
+    """The pair that comes with the package, if its target is in the cache: a few real prompts.
+
+    Nothing is fetched: a machine without a network says what it lacks.
+    """
+    from speckv import Engine
+    from speckv.models import hub
+
+    row: Row = {"target": "SmolLM2-135M-Instruct", "draft": "shipped", "compression": "bf16"}
+    row |= {"dtype": "bf16", "batch": 1, "vocabulary": 49_152, "n": 0, "tokens_per_second": None}
+    row["signals_and_acceptance"] = "the draft's"
+    if not hub.is_cached():
+        yield {"name": "default pair", **row, "problem": "the default model is not in the cache"}
+        return
+    engine = Engine.from_pretrained(compression="bf16", device=lab.device, progress=False)
+    params = SamplingParams(max_new_tokens=8 if lab.dry else 128)
+    prompts = evaluation_prompts(1)
+    plain: list[list[int]] = []
+    for name in ("fixed:0", "fixed:2", "fixed:4", "confidence:0.35", "speckv"):
+        rates, produced = [], []
+        for prompt in prompts[: 1 if lab.dry else None]:
+            engine.generate(prompt.text, params, chat=True, policy=name)  # captures
+            result = engine.generate(prompt.text, params, chat=True, policy=name)
+            produced.append(list(result.token_ids))
+            rates.append(result.stats.tokens_per_second)
+        plain = plain or produced
+        row |= {"n": len(rates), "tokens": sum(map(len, produced))}
+        row["identical_to_plain"] = produced == plain
+        timed = produced == plain and not lab.dry
+        row["tokens_per_second"] = quantiles(rates) if timed else None
+        yield {"name": f"default pair {name}", "loop": str(engine.loop), **row}
 
 
 def assisted_rows(lab: Lab) -> Iterator[Row]:

@@ -216,6 +216,8 @@ def main() -> None:
         share = len(PARTS)
     budget = (QUICK_SECONDS if arguments.quick else PART_SECONDS) / share
     rows = [row for name in names for row in run_part(name, lab, arguments.out, budget)]
+    for line in table(rows):
+        print(line)
     red = [row for row in rows if failed(row)]
     print(f"{len(rows)} rows, {len(red)} failed, in {arguments.out}")
     raise SystemExit(1 if red else 0)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .decoding.calibrate import calibrated
-from .decoding.choice import Loop, Loops
+from .decoding.choice import Choice, Loop, Loops
 from .decoding.eager import StepRecord
 from .decoding.lookup import Lookup, parse_draft
 from .decoding.requests import RequestBatch
@@ -162,6 +162,11 @@ class Engine:
             loop=loop,
         )
 
+    @property
+    def loop(self) -> Choice:
+        """Which loop decodes, and why; requests with rejection sampling use the eager one."""
+        return self._loops.choice
+
     def describe(self) -> str:
         """One line: models, weight format, policy, device, and which loop decodes and why."""
         target = self.target
@@ -172,7 +177,7 @@ class Engine:
             policy += " (trained)" if self.policy.trained else " (none trained for this pair)"
         return (
             f"target {target.name} ({target.compression}, {dtype}), draft {draft}, "
-            f"policy {policy}, {target.device}, {self._loops.choice}"
+            f"policy {policy}, {target.device}, {self.loop}"
         )
 
     def generate(

@@ -12,8 +12,29 @@ from torch import Tensor
 from bench import e2e_rows, gpu, kernel_rows, lab
 from speckv.kernels import layout as at
 from speckv.kernels.layout import StepState
+from speckv.models import hub
 from speckv.traces.schema import Rows, write_trace
 from tests.traces.synthetic import made_up_trace
+
+
+@pytest.fixture(autouse=True)
+def without_the_default_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it is cached is another test's doing."""
+    monkeypatch.setattr(hub, "is_cached", lambda: False)
+
+
+@pytest.mark.model
+def test_the_default_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    dry = gpu.Lab(quick=True, dry=True)
+    (row,) = e2e_rows.default_pair_rows(dry)
+    assert row["problem"] == "the default model is not in the cache" and not gpu.failed(row)
+    monkeypatch.undo()
+    hub.fetch(progress=False)
+    rows = list(e2e_rows.default_pair_rows(dry))
+    assert [row["name"].split()[-1] for row in rows[:2]] == ["fixed:0", "fixed:2"]
+    for row in rows:
+        assert row["identical_to_plain"] and row["tokens"] > 0
+        assert row["tokens_per_second"] is None and row["loop"].startswith("eager loop")
 
 
 @pytest.mark.parametrize("part", ["draft", "verify", "e2e"])
@@ -59,7 +80,9 @@ def test_policies_on_recorded_signals(tmp_path: Path) -> None:
     dry = gpu.Lab(quick=True, dry=True)
     bare = gpu.run_part("e2e", dry, tmp_path)
     assert {row["signals_and_acceptance"] for row in bare} == {"the draft's"}
-    assert {row["name"].split()[-1].partition(":")[0] for row in bare} == {"fixed", "default"}
+    assert {row["name"].split()[-1].partition(":")[0] for row in bare} <= {
+        *("fixed", "default", "pair")
+    }
     dry.trace = tmp_path / "trace.parquet"
     trace = made_up_trace(prompts=6, length=20, compressions=("bf16",), temperatures=(0.0,))
     parts = [
