@@ -54,10 +54,14 @@ def by_row(records: Iterator[list[StepRecord]]) -> dict[int, list[StepRecord]]:
 POLICIES = ["fixed:0", *grid.POLICIES]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("sampling", sorted(grid.SAMPLINGS))
+@pytest.mark.parametrize(
+    ("policy", "sampling", "draft"),
+    [
+        *((p, s, "perturbed") for p in POLICIES for s in sorted(grid.SAMPLINGS)),
+        *((p, "mixed", "random") for p in grid.ONE_OF_EACH_MODE),
+    ],
+)
 @pytest.mark.parametrize("rows", [[1], [0, 1, 2, 3]], ids=["B1", "B4"])
-@pytest.mark.parametrize("draft", ["perturbed", "random"])
 def test_steps_of_the_eager_loop(policy: str, sampling: str, rows: list[int], draft: str) -> None:
     target, model = wrapped("llama", "target", "fp32"), wrapped("llama", draft, "fp32")
     size = {"batch": len(rows), "capacity": CAPACITY}
