@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.lab import COST, Lab, Row
+from bench.lab import COST, Lab, Row, one_request
 from bench.loop_rows import loop_kinds
 from speckv.decoding.choice import Loop
 from speckv.decoding.eager import StepRecord
 from speckv.decoding.requests import RequestBatch
 from speckv.models.base import CausalModel
 from speckv.policies import parse_policy
-from speckv.sampling import SamplingParams
 
 _WAITERS: tuple[Any, ...] = (torch.cuda, torch.cuda.Stream, torch.cuda.Event)
 _READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
@@ -175,14 +174,7 @@ def within(events: Iterable[Any], span: str) -> Iterator[str]:
 def audit_rows(lab: Lab, target: CausalModel, draft: CausalModel) -> Iterator[Row]:
     """Syncs of each loop on graphs, then what many generations leave behind."""
     kinds = {kind: make for kind, make in loop_kinds(lab).items() if kind != "eager"}
-    tokens = 16 if lab.dry else 64
-    requests = RequestBatch.build(
-        [[1, 2, 3, 4]],
-        [SamplingParams(max_new_tokens=tokens, ignore_eos=True)],
-        eos_ids=[],
-        max_length=512,
-        device=lab.device,
-    )
+    requests = one_request(lab, 16 if lab.dry else 64)
     policy = parse_policy("fixed:3").pack(cost=COST)
     for kind, make in kinds.items():
         loop = make(target, draft, batch=1, capacity=512)

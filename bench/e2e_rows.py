@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from bench import roofline
-from bench.lab import COST, Lab, Row, quantiles
+from bench.lab import COST, PROMPT, Lab, Row, one_request, quantiles
 from bench.loop_rows import loop_kinds
 from bench.scripted import ScriptedDraft, scripts
 from bench.sides import transformers_side
-from speckv.decoding import RequestBatch
 from speckv.models.base import CausalModel
 from speckv.models.llama import LlamaDecoder
 from speckv.policies import CostTable, parse_policy
@@ -33,7 +32,6 @@ FIXED = tuple(f"fixed:{gamma}" for gamma in (0, 2, 4, 6, 8))
 LOOKING = ("entropy:2", "confidence:0.5", "speckv")
 PAIRS = (("Llama-3.2-1B", "Llama-3.2-3B"), ("Llama-3.2-1B", "Llama-3.1-8B"))
 COMPRESSIONS = ("bf16", "int8", "nf4")
-_PROMPT = [1, 2, 3, 4]
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ def assisted_rows(lab: Lab) -> Iterator[Row]:
     for name, setting in settings.items():
         draft.generation_config.update(**setting)
         run = transformers_side(target, new, assistant_model=draft, eos_token_id=None)
-        times = [run(_PROMPT) for _ in range(2 if lab.dry else 4)][1:]
+        times = [run(PROMPT) for _ in range(2 if lab.dry else 4)][1:]
         tokens = len(times[0][1])
         yield {
             "name": f"transformers assisted generation {name}",
@@ -183,7 +181,7 @@ def _scripted_rows(
     from speckv.traces.schema import read_trace
 
     said = scripts(read_trace(trace), pair.facts["compression"], len(answer) - 1, 4)
-    draft = ScriptedDraft(pair.draft, first=len(_PROMPT) + 1, capacity=capacity)
+    draft = ScriptedDraft(pair.draft, first=len(PROMPT) + 1, capacity=capacity)
     cost = measured_cost(lab, pair.target, pair.draft)
     kinds = loop_kinds(lab)
     kind = list(kinds)[-1]
@@ -216,13 +214,7 @@ def _decoded(
     lab: Lab, loop: Any, policy: Tensor, *, capacity: int, new: int
 ) -> tuple[list[float], list[list[int]]]:
     """Seconds of whole generations, and the tokens of each step, prefill's first."""
-    requests = RequestBatch.build(
-        [_PROMPT],
-        [SamplingParams(max_new_tokens=new, ignore_eos=True)],
-        eos_ids=[],
-        max_length=capacity,
-        device=lab.device,
-    )
+    requests = one_request(lab, new, capacity)
     seconds, steps = [], []
     for repeat in range(2 if lab.dry else 4):
         start = time.perf_counter()

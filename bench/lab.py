@@ -12,13 +12,18 @@ import torch
 from torch import Tensor
 
 from bench.environment import environment
+from speckv.decoding import RequestBatch
 from speckv.kernels.layout import StepState
 from speckv.policies import CostTable
+from speckv.sampling import SamplingParams
 
 Row = dict[str, Any]
 
 COST = CostTable.from_parts(0.3, [2.0 + 0.05 * width for width in range(16)])
 """For policies that weigh costs; what they decide is not what is measured."""
+
+PROMPT = [1, 2, 3, 4]
+"""Of requests to models with random weights."""
 
 _LAUNCHES = 100
 
@@ -109,6 +114,17 @@ class Lab:
             "kernel_us": quantiles(means),
             "host_us": quantiles(host),
         }
+
+
+def one_request(lab: Lab, tokens: int, capacity: int = 512) -> RequestBatch:
+    """A greedy request of ``tokens`` new tokens that does not end before."""
+    return RequestBatch.build(
+        [PROMPT],
+        [SamplingParams(max_new_tokens=tokens, ignore_eos=True)],
+        eos_ids=[],
+        max_length=capacity,
+        device=lab.device,
+    )
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.lab import COST, Lab, Row, States, nothing, quantiles
+from bench.lab import COST, Lab, Row, States, nothing, one_request, quantiles
 from speckv import kernels
-from speckv.decoding import RequestBatch, plan
+from speckv.decoding import plan
 from speckv.decoding.eager import EagerLoop
 from speckv.decoding.plan import Plan, Set, Switch, While, Work
 from speckv.decoding.planned import PlannedLoop
@@ -28,7 +28,6 @@ from speckv.kernels import layout as at
 from speckv.kernels.layout import LoopState, StepState
 from speckv.models.base import CausalModel
 from speckv.policies import parse_policy
-from speckv.sampling import SamplingParams
 
 _ITERATIONS = 10_000
 _CHAINED = 1_000
@@ -251,14 +250,7 @@ def share_rows(
     Forwards are timed alone, each captured in a graph. Tokens other than those of plain decoding
     in the eager loop are a failure.
     """
-    tokens = 24 if lab.dry else 256
-    requests = RequestBatch.build(
-        [[1, 2, 3, 4]],
-        [SamplingParams(max_new_tokens=tokens, ignore_eos=True)],
-        eos_ids=[],
-        max_length=512,
-        device=lab.device,
-    )
+    requests = one_request(lab, 24 if lab.dry else 256)
     plain: list[int] | None = None
     for policy_name in ("fixed:0", "fixed:4"):
         policy = parse_policy(policy_name).pack(cost=COST)

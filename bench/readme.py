@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.environment import ROOT
+from bench.gpu import PARTS, failed
 from speckv.files import write_atomically
 
 HISTORY = ROOT / "bench" / "history"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results: python -m bench.readme -->\n", "<!-- end of results -->\n"
-_GPU_PARTS = ("draft", "verify", "linear", "forward", "loop", "audit", "e2e", "sanitizer")
+_GPU_PARTS = tuple(part for part in PARTS if part != "tests")
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 """Documents by benchmark; a GPU run's is ``gpu``."""
@@ -142,15 +143,11 @@ def _gpu(results: Results) -> Iterator[str]:
 
 def _passed(document: Mapping[str, Any], part: str) -> bool:
     """Whether a part has a row, and none that failed."""
-    from bench.gpu import failed
-
     rows = document.get(part, {}).get("rows", ())
     return bool(rows) and not any(failed(row) for row in rows)
 
 
 def _gpu_lines(document: Mapping[str, Any]) -> Iterator[str]:
-    from bench.gpu import failed
-
     yield "| what | | tokens/s, or us |"
     yield "| --- | --- | --- |"
     for part in _GPU_PARTS:

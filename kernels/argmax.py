@@ -14,8 +14,7 @@ from torch import Tensor
 from .checks import check_tensor
 from .draft_step import Scratch, _select_config, _sm_count
 from .registry import KernelSpec, Variant
-
-_NO_TOKEN = tl.constexpr(1 << 24)
+from .scan import _arrives_last, _best_of_lanes
 
 
 @triton.jit
@@ -46,23 +45,18 @@ def _argmax_kernel(
             x = tl.load(logits_ptr + o_token, o_token < vocabulary, float("-inf")).to(tl.float32)
         token = tl.where(x > top, o_token, token)
         top = tl.maximum(top, x)
-    best = tl.max(top, 0)
-    first = tl.min(tl.where(top == best, token, _NO_TOKEN), 0)
+    best, first = _best_of_lanes(top, token)
     if SPLITS > 1:
         partial_ptr = partials_ptr + i_row * stride_partials_b
         tl.store(partial_ptr + i_split, best)
         tl.store(partial_ptr + SPLITS + i_split, first.to(tl.float32))
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counters_ptr + i_row, 1, sem="acq_rel")
-        if arrived != SPLITS - 1:
+        if not _arrives_last(counters_ptr + i_row, SPLITS):
             return
-        tl.store(counters_ptr + i_row, 0)
         o_split = tl.arange(0, SPLITS_PADDED)
         mask = o_split < SPLITS
         b_top = tl.load(partial_ptr + o_split, mask, float("-inf"), cache_modifier=".cg")
         b_token = tl.load(partial_ptr + SPLITS + o_split, mask, 0.0, cache_modifier=".cg")
-        best = tl.max(b_top, 0)
-        first = tl.min(tl.where(b_top == best, b_token.to(tl.int32), _NO_TOKEN), 0)
+        best, first = _best_of_lanes(b_top, b_token.to(tl.int32))
     tl.store(tokens_ptr + i_row, first)
 
 

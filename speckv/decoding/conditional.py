@@ -42,7 +42,7 @@ class Driver:
 
     def __init__(self, api: Any = None) -> None:
         self._api: Any = api or importlib.import_module("cuda.bindings.driver")
-        self._functions: dict[str, Any] = {}
+        self._set_conditions: Any = None
 
     def call(self, name: str, *arguments: Any) -> Any:
         """The results of a call, or its one result.
@@ -143,12 +143,11 @@ class Driver:
         self.call("cuGraphDestroy", graph)
 
     def _function(self) -> Any:
-        name = set_conditions.NAME
-        if name not in self._functions:
-            image = set_conditions.ptx().encode() + b"\0"
-            module = self.call("cuModuleLoadData", image)
-            self._functions[name] = self.call("cuModuleGetFunction", module, name.encode())
-        return self._functions[name]
+        if self._set_conditions is None:
+            module = self.call("cuModuleLoadData", set_conditions.ptx().encode() + b"\0")
+            name = set_conditions.NAME.encode()
+            self._set_conditions = self.call("cuModuleGetFunction", module, name)
+        return self._set_conditions
 
 
 class PlanGraph:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from . import plan as of
 from .conditional import Driver, PlanGraph
 from .eager import StepRecord
 from .graphed import GraphedLoop, synchronize
@@ -48,19 +47,15 @@ class DeviceLoop(GraphedLoop):
     def _prepare(self, works: Works) -> Works:
         works = super()._prepare(works)
         graphs = {name: g.raw_cuda_graph() for name, g in self._graphs[works.form].items()}
-        plan = of.generation_plan(works.form.gamma_cap)
         words = works.loop.conditions.data_ptr()
-        self._plans[works.form] = PlanGraph(plan, graphs, words, self._driver)
+        self._plans[works.form] = PlanGraph(works.plan, graphs, words, self._driver)
         return works
 
-    def close(self) -> None:
-        """Give everything back, once the device has ended; the loop cannot be used again."""
-        self._shared.cancel.fill_(1)
-        synchronize(self.target.device)
+    def _release(self) -> None:
+        super()._release()
         for graph in self._plans.values():
             graph.close()
         self._plans.clear()
-        super().close()
 
     def _begin(self, *arguments: Any) -> None:
         if self._launched:  # an abandoned generation may not have ended
@@ -68,7 +63,7 @@ class DeviceLoop(GraphedLoop):
             self._launched = False
         super()._begin(*arguments)
 
-    def _decode(self, plan: of.Plan, works: Works, reader: Reader) -> Iterator[list[StepRecord]]:
+    def _decode(self, works: Works, reader: Reader) -> Iterator[list[StepRecord]]:
         if reader.done:
             return
         self._launched = True

@@ -180,26 +180,15 @@ class EagerLoop:
         """Nothing: what the loop holds goes with it."""
 
     def _begin(self, requests: RequestBatch) -> StepState:
-        if requests.size > self.batch or max(requests.limits) > self.capacity:
-            raise ValueError(
-                f"requests: expected at most {self.batch} rows of {self.capacity} tokens, "
-                f"got {requests.size} of {max(requests.limits)}"
-            )
+        requests.check_room(self.batch, self.capacity)
         self.seconds = Seconds()
         state = self._state.narrow(requests.size)
-        for row, prompt in enumerate(requests.prompts):
-            state.reset(row, prompt, requests.limits[row], requests.request_ids[row])
+        requests.start(state)
         return state
 
     def _prefill(self, run: _Run) -> list[StepRecord]:
         start = self._now()
-        logits = []
-        for row, prompt in enumerate(run.requests.prompts):
-            tokens = run.state.sequence[row, : len(prompt)]
-            last = self.target.prefill(tokens, self._target_cache, row)
-            assert last is not None
-            logits.append(last)
-        self._accept(run, torch.stack(logits)[:, None])
+        self._accept(run, run.requests.prefill(self.target, run.state, self._target_cache))
         records = self._committed(run, list(range(run.requests.size)))
         self.seconds.prefill += self._now() - start
         return [StepRecord(r.row, -1, 0, r.tokens, r.done) for r in records]
@@ -389,8 +378,22 @@ class EagerLoop:
 
     def _require_draft(self) -> tuple[CausalModel, KVCache]:
         if self.draft is None or self._draft_cache is None:
-            raise ValueError("draft: expected a model, since the policy drafts; got None")
+            raise missing_draft()
         return self.draft, self._draft_cache
+
+
+def missing_draft() -> ValueError:
+    """That a policy drafts, and there is no model to."""
+    return ValueError("draft: expected a model, since the policy drafts; got None")
+
+
+def not_finite(row: int, position: int, error: int) -> NumericsError:
+    """What the bits ``error`` of a row's ERROR say."""
+    model = "draft" if error & at.ERROR_DRAFT else "target"
+    return NumericsError(
+        f"row {row}, position {position}: the {model} model's logits hold NaN or +inf, or nothing "
+        "but -inf"
+    )
 
 
 def operations(device: torch.device) -> Any:
@@ -416,11 +419,7 @@ def read_rows(state: StepState) -> list[list[int]]:
     rows: list[list[int]] = state.rows.tolist()
     for b, row in enumerate(rows):
         if row[at.ERROR]:
-            model = "draft" if row[at.ERROR] & at.ERROR_DRAFT else "target"
-            raise NumericsError(
-                f"row {b}, position {row[at.LENGTH] + row[at.DRAFTED]}: the {model} model's "
-                "logits hold NaN or +inf, or nothing but -inf"
-            )
+            raise not_finite(b, row[at.LENGTH] + row[at.DRAFTED], row[at.ERROR])
     return rows
 
 

@@ -62,11 +62,9 @@ class GraphedLoop(PlannedLoop):
         self._ticket += of.publishes(name)
         graphs[name].replay()
 
-    def close(self) -> None:
-        """Give everything back, once the device has ended; the loop cannot be used again."""
+    def _release(self) -> None:
         synchronize(self.target.device)
         self._graphs.clear()
-        super().close()
 
     def _wait(self, ready: Callable[[], bool]) -> None:
         """Poll until the device has written what is waited for."""

@@ -16,12 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import NumericsError
 from ..kernels import layout as at
 from ..kernels.layout import LoopState, StepState
 from ..models.base import CausalModel
 from . import plan as of
-from .eager import Seconds, StepRecord, draft_vocabulary
+from .eager import Seconds, StepRecord, draft_vocabulary, missing_draft, not_finite
 from .requests import RequestBatch
 from .works import Form, Models, Works
 
@@ -112,7 +111,6 @@ class PlannedLoop:
         form = Form.of(requests, policy)
         self._check(requests, form)
         works = self._works_for(form)
-        plan = of.generation_plan(form.gamma_cap)
         start = time.perf_counter()
         self.seconds = Seconds(draft=math.nan, verify=math.nan, decision=math.nan)
         works.load(requests, policy)
@@ -125,7 +123,7 @@ class PlannedLoop:
             yield told
             if form.gamma_cap and not reader.done:
                 self._prefill_draft(requests)
-            yield from self._decode(plan, works, reader)
+            yield from self._decode(works, reader)
         finally:
             if not reader.done:  # nobody waits for the rest
                 works.loop.cancel.fill_(1)
@@ -139,13 +137,17 @@ class PlannedLoop:
     def close(self) -> None:
         """Give everything back; the loop cannot be used again."""
         self._shared.cancel.fill_(1)
+        self._release()
         for works in self._works.values():
             works.close()
         self._works.clear()
 
-    def _decode(self, plan: of.Plan, works: Works, reader: Reader) -> Iterator[list[StepRecord]]:
+    def _release(self) -> None:
+        """Give back what works were prepared into; what runs has been cancelled."""
+
+    def _decode(self, works: Works, reader: Reader) -> Iterator[list[StepRecord]]:
         """Every step after the prefill's."""
-        for _ in of.follow(plan, lambda name: self._run(works, name), self._read):
+        for _ in of.follow(works.plan, lambda name: self._run(works, name), self._read):
             if records := reader.poll():
                 yield records
         while not reader.done:
@@ -182,13 +184,9 @@ class PlannedLoop:
     def _check(self, requests: RequestBatch, form: Form) -> None:
         if requests.rejection:
             raise ValueError("coupling: expected 'gumbel' in this loop, got 'rejection'")
-        if requests.size > self.batch or max(requests.limits) > self.capacity:
-            raise ValueError(
-                f"requests: expected at most {self.batch} rows of {self.capacity} tokens, "
-                f"got {requests.size} of {max(requests.limits)}"
-            )
+        requests.check_room(self.batch, self.capacity)
         if form.gamma_cap and self.draft is None:
-            raise ValueError("draft: expected a model, since the policy drafts; got None")
+            raise missing_draft()
 
     def _works_for(self, form: Form) -> Works:
         if form not in self._works:
@@ -204,8 +202,8 @@ class PlannedLoop:
         """Put the requests where the kernels find them."""
         self._generation += 1
         state, loop = works.state, works.loop
+        requests.start(state)
         for row, prompt in enumerate(requests.prompts):
-            state.reset(row, prompt, requests.limits[row], requests.request_ids[row])
             state.rows[row, at.DRAFT_LENGTH] = len(prompt) if self._can_reach(prompt) else 0
         new = [limit - len(p) for limit, p in zip(requests.limits, requests.prompts, strict=True)]
         words = [0] * at.CONTROL_WORDS
@@ -219,13 +217,7 @@ class PlannedLoop:
         return self.draft is not None and len(prompt) + at.GAMMA_MAX < self.draft.max_positions
 
     def _prefill(self, requests: RequestBatch, works: Works) -> None:
-        logits = []
-        for row, prompt in enumerate(requests.prompts):
-            tokens = works.state.sequence[row, : len(prompt)]
-            last = self.target.prefill(tokens, self._models.target_cache, row)
-            assert last is not None
-            logits.append(last)
-        works.accept(torch.stack(logits)[:, None])
+        works.accept(requests.prefill(self.target, works.state, self._models.target_cache))
         self._run(works, of.CLOSE)
 
     def _prefill_draft(self, requests: RequestBatch) -> None:
@@ -277,11 +269,7 @@ class Reader:
             return None
         error = (word & _LOW) >> at.RECORD_ERROR
         if error:
-            model = "draft" if error & at.ERROR_DRAFT else "target"
-            raise NumericsError(
-                f"row {b}, position {row.position}: the {model} model's logits hold NaN or +inf, "
-                "or nothing but -inf"
-            )
+            raise not_finite(b, row.position, error)
         count = word >> at.RECORD_COMMITTED & _BYTE
         words = self._tokens[b, row.position : row.position + count]
         if (words >> _HALF != self._generation).any():

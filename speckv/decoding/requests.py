@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.layout import StepState
+from ..models.base import CausalModel
+from ..models.cache import KVCache
 from ..sampling import SamplingParams
 
 
@@ -92,6 +95,34 @@ class RequestBatch:
             truncated=sampled and any(p.top_k > 0 or p.top_p < 1 for p in params),
             coupling=couplings.pop(),
         )
+
+    def check_room(self, batch: int, capacity: int) -> None:
+        """Refuse more than ``batch`` rows, or a row of more than ``capacity`` tokens.
+
+        Raises
+        ------
+        ValueError
+            Naming both.
+        """
+        if self.size > batch or max(self.limits) > capacity:
+            raise ValueError(
+                f"requests: expected at most {batch} rows of {capacity} tokens, "
+                f"got {self.size} of {max(self.limits)}"
+            )
+
+    def start(self, state: StepState) -> None:
+        """Start every row of a state of this size on its prompt."""
+        for row, prompt in enumerate(self.prompts):
+            state.reset(row, prompt, self.limits[row], self.request_ids[row])
+
+    def prefill(self, model: CausalModel, state: StepState, cache: KVCache) -> Tensor:
+        """Process the prompts; logits [B, 1, V] after them."""
+        logits = []
+        for row, prompt in enumerate(self.prompts):
+            last = model.prefill(state.sequence[row, : len(prompt)], cache, row)
+            assert last is not None
+            logits.append(last)
+        return torch.stack(logits)[:, None]
 
     @property
     def size(self) -> int:

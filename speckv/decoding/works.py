@@ -90,10 +90,16 @@ class Works:
         Of as many rows as the form's batch.
     loop : LoopState
         Likewise.
+
+    Attributes
+    ----------
+    plan : Plan
+        Of a generation of this form.
     """
 
     def __init__(self, form: Form, models: Models, state: StepState, loop: LoopState) -> None:
         self.form, self.state, self.loop = form, state, loop
+        self.plan = of.generation_plan(form.gamma_cap)
         self._models = models
         device, batch = state.rows.device, form.batch
         self._operations = prepared(operations(device))

@@ -18,7 +18,7 @@ from speckv.kernels import layout as at
 from speckv.kernels import set_conditions
 from tests.decoding import grid
 from tests.decoding.cuda_stub import Api, Graph
-from tests.decoding.test_planned import CAPACITY, POLICIES, batch_of, by_row, packed
+from tests.decoding.test_planned import CAPACITY, POLICIES, batch_of, by_row, ended_early, packed
 from tests.decoding.tiny import wrapped
 
 WORDS = 4096
@@ -165,12 +165,7 @@ def test_a_row_that_the_host_ends(api: Api) -> None:
     eager, _, loop = loops(api, "perturbed", 4)
     requests = batch_of("greedy", [0, 1, 2, 3], [])
     whole = by_row(eager.run(requests, packed("fixed:2")))
-    cut: dict[int, list[Any]] = {}
-    for records in loop.run(requests, packed("fixed:2")):
-        for record in records:
-            cut.setdefault(record.row, []).append(record)
-            if record.row == 2 and len(cut[2]) == 3:
-                loop.finish(2)
+    cut = by_row(ended_early(loop, requests, packed("fixed:2"), row=2, records=3))
     assert cut[2] == whole[2][:3] and cut[0] == whole[0]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from speckv.decoding import EagerLoop, RequestBatch, plan, works
+from speckv.decoding.choice import Loop
 from speckv.decoding.eager import StepRecord
 from speckv.decoding.planned import PlannedLoop
 from speckv.errors import NumericsError
@@ -49,6 +50,18 @@ def by_row(records: Iterator[list[StepRecord]]) -> dict[int, list[StepRecord]]:
         for record in step:
             found.setdefault(record.row, []).append(record)
     return found
+
+
+def ended_early(
+    loop: Loop, requests: RequestBatch, policy: Tensor, *, row: int, records: int
+) -> Iterator[list[StepRecord]]:
+    """A run in which the host ends row ``row`` once it has given so many records."""
+    for step in loop.run(requests, policy):
+        for record in step:
+            yield [record]
+            records -= record.row == row
+            if record.row == row and records == 0:
+                loop.finish(row)
 
 
 POLICIES = ["fixed:0", *grid.POLICIES]
@@ -127,12 +140,7 @@ def test_a_row_that_the_host_ends() -> None:
     requests = batch_of("greedy", [0, 1, 2, 3], [])
     loop = PlannedLoop(target, draft, batch=4, capacity=CAPACITY)
     whole = by_row(loop.run(requests, packed("fixed:2")))
-    cut: dict[int, list[StepRecord]] = {}
-    for records in loop.run(requests, packed("fixed:2")):
-        for record in records:
-            cut.setdefault(record.row, []).append(record)
-            if record.row == 2 and len(cut[2]) == 3:
-                loop.finish(2)
+    cut = by_row(ended_early(loop, requests, packed("fixed:2"), row=2, records=3))
     ended = loop._state.rows[2]
     assert ended[at.DONE] == at.DONE_STOP and ended[at.LENGTH] < ended[at.LIMIT] - 8
     assert len(whole[2]) > 4 and cut[2] == whole[2][:3]

@@ -19,7 +19,7 @@ from speckv.models.llama import LlamaDecoder
 from speckv.policies import parse_policy
 from speckv.sampling import SamplingParams
 from tests.decoding.loops import COST
-from tests.decoding.test_planned import by_row
+from tests.decoding.test_planned import by_row, ended_early
 
 pytestmark = pytest.mark.gpu
 
@@ -104,12 +104,7 @@ def test_a_row_that_the_host_ends(pair: tuple[LlamaDecoder, LlamaDecoder]) -> No
     loop = loop_of("device")(*pair, batch=4, capacity=CAPACITY)
     requests = requests_of("greedy", 4)
     whole = by_row(loop.run(requests, packed("fixed:2")))
-    cut: dict[int, list[Any]] = {}
-    for records in loop.run(requests, packed("fixed:2")):
-        for record in records:
-            cut.setdefault(record.row, []).append(record)
-            if record.row == 2 and len(cut[2]) == 3:
-                loop.finish(2)
+    cut = by_row(ended_early(loop, requests, packed("fixed:2"), row=2, records=3))
     assert cut[2] == whole[2][:3] and cut[0] == whole[0]
     assert by_row(loop.run(requests, packed("fixed:2"))) == whole
 
