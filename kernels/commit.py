@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import layout as at
 from .checks import check_tensor
-from .device import _decide
+from .device import _decide, _latest_match
 from .layout import StepState
 
 STATE_TYPES = {
@@ -58,6 +58,7 @@ def _commit(
     last_confidence = tl.load(running_ptr + at.LAST_CONFIDENCE)
     last_margin = tl.load(running_ptr + at.LAST_MARGIN)
     acceptance = tl.load(running_ptr + at.ACCEPTANCE)
+    match_length = tl.load(rows_ptr + at.MATCH_LENGTH)
     tl.debug_barrier()
 
     o = tl.arange(0, 16)
@@ -79,8 +80,14 @@ def _commit(
             plain_run = plain_run * 0
         done = tl.where(count == room, at.DONE_LENGTH, at.RUNNING)
         done = tl.where(ended, at.DONE_STOP, done)
+        tl.store(sequence_ptr + length + o, b_token, mask=o < count)
         stop = tl.full((), 1, tl.int32)
         if done == at.RUNNING:
+            if tl.load(policy_ptr + at.MATCHES) != 0.0:
+                tl.debug_barrier()  # what was appended is seen by all threads
+                match, match_length = _latest_match(sequence_ptr, length + count)
+                tl.store(rows_ptr + at.MATCH, match)
+                tl.store(rows_ptr + at.MATCH_LENGTH, match_length)
             stop = _decide(
                 policy_ptr,
                 length + count,
@@ -95,8 +102,8 @@ def _commit(
                 last_confidence,
                 last_margin,
                 acceptance,
+                match_length,
             )
-        tl.store(sequence_ptr + length + o, b_token, mask=o < count)
         tl.store(running_ptr + at.ACCEPTANCE, acceptance)
         tl.store(rows_ptr + at.LENGTH, length + count)
         tl.store(rows_ptr + at.DRAFTED, 0)

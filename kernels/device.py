@@ -1,6 +1,6 @@
-"""Device functions that kernels share: rounding, counter-based noise and the γ decision.
+"""Device functions that kernels share: rounding, counter-based noise, matches, the γ decision.
 
-The twins of the last two are `reference.gumbel` and `reference.decide`.
+The twins of the last three are `reference.gumbel`, `latest_match` and `decide`.
 """
 
 from __future__ import annotations
@@ -70,6 +70,32 @@ def _gumbel_at(seed, request, index, purpose, b_token):
     return _gumbel_of(tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3)))
 
 
+_PLACES: tl.constexpr = tl.constexpr(1 << 27)  # more than a text has, beside a number up to 4
+
+
+@triton.jit
+def _latest_match(sequence_ptr, length):
+    """(place, number of tokens) of `reference.latest_match` for the first ``length`` tokens."""
+    o = tl.arange(0, 1024)
+    t0 = tl.load(sequence_ptr + length - 1)
+    t1 = tl.load(sequence_ptr + length - 2, mask=length > 1, other=-1)
+    t2 = tl.load(sequence_ptr + length - 3, mask=length > 2, other=-1)
+    t3 = tl.load(sequence_ptr + length - 4, mask=length > 3, other=-1)
+    best = tl.zeros([1024], tl.int32)
+    for first in range(0, length - 1, 1024):
+        end = first + o
+        m = end < length - 1
+        p = sequence_ptr + end
+        one = tl.load(p, mask=m, other=-2) == t0
+        two = one & (tl.load(p - 1, mask=m & (end > 0), other=-2) == t1)
+        three = two & (tl.load(p - 2, mask=m & (end > 1), other=-2) == t2)
+        four = three & (tl.load(p - 3, mask=m & (end > 2), other=-2) == t3)
+        count = one.to(tl.int32) + two.to(tl.int32) + three.to(tl.int32) + four.to(tl.int32)
+        best = tl.maximum(best, tl.where(one, count * _PLACES + end + 1, 0))
+    found = tl.max(best, 0)
+    return found % _PLACES, found // _PLACES
+
+
 @triton.jit
 def _best_gamma(
     policy_ptr,
@@ -83,6 +109,7 @@ def _best_gamma(
     last_confidence,
     last_margin,
     acceptance,
+    match_length,
 ):
     """The candidate γ of the highest value, lowest among equals (`reference.best_gamma`)."""
     o = tl.arange(0, 16)
@@ -97,6 +124,7 @@ def _best_gamma(
     f = tl.where(o == at.FEATURE_DRAFTED, drafted.to(tl.float32), f)
     f = tl.where(o == at.FEATURE_COMPRESSION + compression, 1.0, f)
     f = tl.where(o == at.FEATURE_ACCEPTANCE, acceptance, f)
+    f = tl.where(o == at.FEATURE_MATCH, match_length.to(tl.float32), f)
     scale = tl.load(policy_ptr + at.FEATURE_SCALE + o)
     f = (f - tl.load(policy_ptr + at.FEATURE_MEAN + o)) * scale
 
@@ -146,6 +174,7 @@ def _decide(
     last_confidence,
     last_margin,
     acceptance,
+    match_length,
 ):
     """1 if drafting stops now, else 0 (`reference.decide`)."""
     mode = tl.load(policy_ptr + at.MODE).to(tl.int32)
@@ -172,6 +201,7 @@ def _decide(
             last_confidence,
             last_margin,
             acceptance,
+            match_length,
         )
         stop = stop | ((drafted >= best) & (look == 0))
     return stop.to(tl.int32)

@@ -217,6 +217,10 @@ def _draft_step_kernel(
     error = tl.load(rows_ptr + at.ERROR)
     limit = tl.load(rows_ptr + at.LIMIT)
     plain_run = tl.load(rows_ptr + at.PLAIN_RUN)
+    sequence_ptr += i_row * stride_sequence_b
+    place = tl.load(rows_ptr + at.MATCH) + drafted
+    came = tl.load(sequence_ptr + place, mask=place < length, other=-1)
+    match_length = tl.load(rows_ptr + at.MATCH_LENGTH)
     mean_entropy = tl.load(running_ptr + at.MEAN_ENTROPY)
     max_entropy = tl.load(running_ptr + at.MAX_ENTROPY)
     mean_confidence = tl.load(running_ptr + at.MEAN_CONFIDENCE)
@@ -231,6 +235,7 @@ def _draft_step_kernel(
         return
     if HAS_ID_MAP:
         chosen = tl.load(id_map_ptr + chosen)
+    match_length = tl.where(came == chosen, match_length, 0)
     confidence = 1.0 / total
     entropy = tl.maximum(tl.log2(total) - weighted * confidence, 0.0)
     margin = confidence - tl.exp2(_exponent(second, top)) * confidence
@@ -260,9 +265,10 @@ def _draft_step_kernel(
         confidence,
         margin,
         acceptance,
+        match_length,
     )
 
-    tl.store(sequence_ptr + i_row * stride_sequence_b + length + drafted, chosen)
+    tl.store(sequence_ptr + length + drafted, chosen)
     signals_ptr += (i_row * at.GAMMA_MAX + drafted) * at.SIGNALS
     tl.store(signals_ptr + at.ENTROPY, entropy)
     tl.store(signals_ptr + at.CONFIDENCE, confidence)
@@ -276,4 +282,5 @@ def _draft_step_kernel(
     tl.store(running_ptr + at.LAST_CONFIDENCE, confidence)
     tl.store(running_ptr + at.LAST_MARGIN, margin)
     tl.store(rows_ptr + at.DRAFTED, drafted + 1)
+    tl.store(rows_ptr + at.MATCH_LENGTH, match_length)
     tl.store(rows_ptr + at.STOP, stop)

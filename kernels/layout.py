@@ -15,6 +15,8 @@ from torch import Tensor
 GAMMA_MAX = 15
 """Most draft tokens in one step: a verification is then at most 16 rows, one MMA tile."""
 WIDTH_MAX = GAMMA_MAX + 1
+MATCH_MAX = 4
+"""Most last tokens that are looked for in the text before them."""
 
 # Words of a row of `StepState.rows` (int32 [B, ROW_WORDS]).
 LENGTH = 0  # committed tokens in `sequence`, prompt included
@@ -31,6 +33,8 @@ REQUEST = 10  # request id, keys the noise
 ERROR = 11  # bits ERROR_DRAFT, ERROR_TARGET
 DRAFT_LENGTH = 12  # committed tokens that the draft's cache holds; loops without a host keep it
 REPORTED = 13  # non-zero: the row's error stands in `LoopState.records`
+MATCH = 14  # where the text that the last committed tokens repeat went on, a place in `sequence`
+MATCH_LENGTH = 15  # how many tokens it repeats; 0 once a draft token is not what came there
 ROW_WORDS = 16
 
 RUNNING, DONE_STOP, DONE_LENGTH, DONE_ERROR = range(4)
@@ -66,6 +70,7 @@ COMPRESSION = 7  # index of the one-hot: fp16 (also bf16, fp32) 0, int8 1, nf4 2
 CANDIDATES = 8  # bit γ set: γ may be chosen by the MLP
 EMA_WEIGHT = 9  # weight of the newest step in ACCEPTANCE
 EXPECTED_ACCEPTANCE = 10  # of the data the MLP was trained on; 0: its predictions are taken as is
+MATCHES = 11  # 1: the MLP sees FEATURE_MATCH, so MATCH and MATCH_LENGTH are kept
 HEADER_WORDS = 16
 FEATURES, HIDDEN, OUTPUTS = 16, 16, 16
 COST = HEADER_WORDS  # ms of a step that verifies γ draft tokens, γ = 0..15, at context 0
@@ -86,6 +91,7 @@ OBJECTIVE_TOKENS, OBJECTIVE_RATE = range(2)
 FEATURE_DRAFTED = 7
 FEATURE_COMPRESSION = 8  # one-hot over 8, 9, 10
 FEATURE_ACCEPTANCE = 11
+FEATURE_MATCH = 12  # word MATCH_LENGTH of `rows`
 FEATURE_GAMMA = 15  # LAYOUT_PAPER only: the candidate γ; LAYOUT_SURVIVAL sees zero
 
 # Words of `LoopState.control` (int32 [CONTROL_WORDS]).

@@ -61,8 +61,10 @@ def lookup_step(
             continue
         running = state.running[b].tolist()
         first = rows[at.DRAFTED]
-        for each in signals[b, :count].tolist():
+        offered = zip(tokens[b, :count].tolist(), signals[b, :count].tolist(), strict=True)
+        for token, each in offered:
             running = reference.fold_signals(running, each, rows[at.DRAFTED])
+            rows[at.MATCH_LENGTH] = reference.follow_match(state, b, rows, token)
             rows[at.DRAFTED] += 1
             if reference.decide(policy, rows, running):
                 break
@@ -71,4 +73,5 @@ def lookup_step(
         state.sequence[b, start : start + drafted] = tokens[b, :drafted]
         state.signals[b, first : first + drafted] = signals[b, :drafted]
         state.running[b] = torch.tensor(running)
+        state.rows[b, at.MATCH_LENGTH] = rows[at.MATCH_LENGTH]
         state.rows[b, at.DRAFTED], state.rows[b, at.STOP] = rows[at.DRAFTED], 1

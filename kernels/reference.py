@@ -2,8 +2,8 @@
 
 Rows are handled one after the other, in Python, so that this file reads as the specification. On
 CPU tensors that costs nothing; on CUDA tensors every read of the state synchronises, so there it
-serves tests only. `cutoff` and `decide` stand in `reference_cutoff` and `reference_decision`, and
-are names of this module too.
+serves tests only. `cutoff`, `decide` and what it goes by stand in `reference_cutoff` and
+`reference_decision`, and are names of this module too.
 
 Rules
 -----
@@ -29,6 +29,7 @@ from .layout import StepState
 from .reference_cutoff import cutoff as cutoff
 from .reference_decision import best_gamma as best_gamma
 from .reference_decision import decide as decide
+from .reference_decision import latest_match as latest_match
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -143,7 +144,7 @@ def draft_step(
 
     For each row that is neither done nor stopped: appends the token at
     ``sequence[LENGTH + DRAFTED]``, writes its signals, folds them into ``running``, increments
-    DRAFTED and sets STOP to the decision. Other rows are left alone.
+    DRAFTED, follows the match and sets STOP to the decision. Other rows are left alone.
 
     Parameters
     ----------
@@ -186,9 +187,12 @@ def draft_step(
         signals = state.signals[b, drafted].tolist()
         running = fold_signals(running, signals, drafted)
         state.running[b] = torch.tensor(running)
-        state.sequence[b, rows[at.LENGTH] + drafted] = token if id_map is None else id_map[token]
+        token = token if id_map is None else int(id_map[token])
+        rows[at.MATCH_LENGTH] = follow_match(state, b, rows, token)
+        state.sequence[b, rows[at.LENGTH] + drafted] = token
         rows[at.DRAFTED] = drafted + 1
         state.rows[b, at.DRAFTED] = drafted + 1
+        state.rows[b, at.MATCH_LENGTH] = rows[at.MATCH_LENGTH]
         state.rows[b, at.STOP] = int(decide(policy, rows, running))
 
 
@@ -234,6 +238,13 @@ def token_signals(x: Tensor, token: int) -> list[float]:
     return [entropy, confidence, confidence - second, math.exp(float(d[token])) / s]
 
 
+def follow_match(state: StepState, b: int, rows: list[int], token: int) -> int:
+    """MATCH_LENGTH after draft token DRAFTED: 0 unless ``token`` is what came in the match too."""
+    place = rows[at.MATCH] + rows[at.DRAFTED]
+    agrees = place < rows[at.LENGTH] and int(state.sequence[b, place]) == token
+    return rows[at.MATCH_LENGTH] if agrees else 0
+
+
 def fold_signals(running: list[float], signals: list[float], drafted: int) -> list[float]:
     """One row of `StepState.running` with the signals of draft token ``drafted`` of the step."""
     entropy, confidence, margin, _ = signals
@@ -271,8 +282,9 @@ def verify(
 
     For each row that is not done: the sequence, LENGTH, GAMMA, ACCEPTED, COMMITTED, STEP,
     PLAIN_RUN, DONE and ACCEPTANCE are updated, DRAFTED becomes 0, and STOP becomes the decision "no
-    draft at all" for the next step. Commitment ends with the first EOS, and at LIMIT; ACCEPTED
-    counts committed draft tokens only, ACCEPTANCE all that matched. Rows that are done get
+    draft at all" for the next step; MATCH and MATCH_LENGTH are those of the text so far, for a
+    policy that goes by them. Commitment ends with the first EOS, and at LIMIT; ACCEPTED counts
+    committed draft tokens only, ACCEPTANCE all that matched. Rows that are done get
     COMMITTED = 0.
 
     Parameters
@@ -428,5 +440,8 @@ def _commit(
         rows[at.DONE] = at.DONE_STOP
     elif count == room:
         rows[at.DONE] = at.DONE_LENGTH
+    elif policy[at.MATCHES]:
+        text = state.sequence[b, : rows[at.LENGTH]].cpu().numpy()
+        rows[at.MATCH], rows[at.MATCH_LENGTH] = latest_match(text)
     rows[at.STOP] = 1 if rows[at.DONE] else int(decide(policy, rows, running))
     state.rows[b] = torch.tensor(rows, dtype=torch.int32)

@@ -1,5 +1,7 @@
 """`reference.decide` and `reference.best_gamma`: whether to draft another token, on the CPU.
 
+`reference.latest_match` finds what the text repeats, of which the decision may be told.
+
 The loop decides after every draft token. Torch's calls on a few words each would cost several times
 the arithmetic, so this is NumPy, in fp32, on the policy's own memory.
 """
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from . import layout as at
 
-__all__ = ["best_gamma", "decide"]
+__all__ = ["best_gamma", "decide", "latest_match"]
 
 _GAMMAS = np.arange(at.WIDTH_MAX, dtype=np.float32)
 _BITS = 1 << np.arange(at.WIDTH_MAX)
@@ -67,6 +69,7 @@ def best_gamma(policy: Tensor, rows: list[int], running: list[float]) -> int:
     features[at.FEATURE_DRAFTED] = rows[at.DRAFTED]
     features[at.FEATURE_COMPRESSION + int(header[at.COMPRESSION])] = 1.0
     features[at.FEATURE_ACCEPTANCE] = running[at.ACCEPTANCE]
+    features[at.FEATURE_MATCH] = rows[at.MATCH_LENGTH]
 
     def block(start: int, *shape: int) -> NDArray[np.float32]:
         return words[start : start + math.prod(shape)].reshape(shape)
@@ -95,3 +98,31 @@ def best_gamma(policy: Tensor, rows: list[int], running: list[float]) -> int:
         value = tokens - header[at.RATE] * (cost + slope * rows[at.LENGTH])
     allowed = int(header[at.CANDIDATES]) & _BITS != 0
     return int(np.where(allowed, value, -math.inf).argmax())
+
+
+def latest_match(text: NDArray[np.int32]) -> tuple[int, int]:
+    """Where the last tokens of a text stood before, and how many of them.
+
+    Of the earlier places where the most last tokens stand, up to ``MATCH_MAX``, the latest.
+
+    Parameters
+    ----------
+    text : int32 [n]
+        n is at least 1.
+
+    Returns
+    -------
+    tuple of int
+        The place after them, below n, and their number; (0, 0) if the last token is new.
+    """
+    ends = np.flatnonzero(text[:-1] == text[-1])
+    if not len(ends):
+        return 0, 0
+    length = 1
+    while length < at.MATCH_MAX:
+        longer = ends[ends >= length]
+        longer = longer[text[longer - length] == text[-1 - length]]
+        if not len(longer):
+            break
+        ends, length = longer, length + 1
+    return int(ends[-1]) + 1, length

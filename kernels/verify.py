@@ -265,7 +265,8 @@ def verify(
 
     For each row that is not done: the sequence, LENGTH, GAMMA, ACCEPTED, COMMITTED, STEP,
     PLAIN_RUN, DONE and ACCEPTANCE are updated, DRAFTED becomes 0, and STOP becomes the decision "no
-    draft at all" for the next step. Commitment ends with the first EOS, and at LIMIT; ACCEPTED
+    draft at all" for the next step; MATCH and MATCH_LENGTH are those of the text so far, for a
+    policy that goes by them. Commitment ends with the first EOS, and at LIMIT; ACCEPTED
     counts committed draft tokens only. Rows that are done get COMMITTED = 0. On CPU tensors this is
     `reference.verify`, elsewhere one kernel launch; `Verify` is its prepared form.
 

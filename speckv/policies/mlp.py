@@ -116,6 +116,11 @@ class Mlp:
                 f"policy gammas: expected values from 1 to {at.GAMMA_MAX}, got {self.gammas}"
             )
 
+    @property
+    def sees_matches(self) -> bool:
+        """Whether FEATURE_MATCH is among the inputs that count."""
+        return bool(self.tensors["feature_scale"][at.FEATURE_MATCH])
+
     def pack_into(self, buffer: Tensor) -> None:
         """Write layout and weights into a policy buffer, float32 [POLICY_WORDS]."""
         buffer[at.MLP_LAYOUT] = self.layout

@@ -115,6 +115,7 @@ class Policy:
         buffer[at.EMA_WEIGHT] = EMA_WEIGHT
         if self.mlp is not None:
             self.mlp.pack_into(buffer)
+            buffer[at.MATCHES] = self.mlp.sees_matches
             buffer[at.EXPECTED_ACCEPTANCE] = self.expected_acceptance
         if self.needs_cost:
             if cost is None:

@@ -27,7 +27,7 @@ class _Memoryless:
     def start(self, answers: Sequence[Answer]) -> None:
         """See `Controller`."""
 
-    def begins(self, lanes: np.ndarray, length: np.ndarray) -> np.ndarray:
+    def begins(self, lanes: np.ndarray, length: np.ndarray, match: np.ndarray) -> np.ndarray:
         """See `Controller`."""
         return np.ones(len(lanes), dtype=bool)
 
@@ -53,13 +53,18 @@ class Static(_Memoryless):
         gammas = [self._by_task.get(answer.task, self._otherwise) for answer in answers]
         self._gamma = np.array(gammas, dtype=np.int64)
 
-    def begins(self, lanes: np.ndarray, length: np.ndarray) -> np.ndarray:
+    def begins(self, lanes: np.ndarray, length: np.ndarray, match: np.ndarray) -> np.ndarray:
         """See `Controller`."""
         more: np.ndarray = self._gamma[lanes] > 0
         return more
 
     def goes_on(
-        self, lanes: np.ndarray, length: np.ndarray, drafted: int, signals: np.ndarray
+        self,
+        lanes: np.ndarray,
+        length: np.ndarray,
+        drafted: int,
+        signals: np.ndarray,
+        match: np.ndarray,
     ) -> np.ndarray:
         """See `Controller`."""
         more: np.ndarray = self._gamma[lanes] > drafted
@@ -86,7 +91,12 @@ class Threshold(_Memoryless):
         self._signal, self._threshold, self._cap = signal, np.float32(threshold), cap
 
     def goes_on(
-        self, lanes: np.ndarray, length: np.ndarray, drafted: int, signals: np.ndarray
+        self,
+        lanes: np.ndarray,
+        length: np.ndarray,
+        drafted: int,
+        signals: np.ndarray,
+        match: np.ndarray,
     ) -> np.ndarray:
         """See `Controller`."""
         value = signals[:, self._signal]
@@ -114,7 +124,12 @@ class Heuristic(_Memoryless):
         self._gamma = np.full(len(answers), self._first, dtype=np.int64)
 
     def goes_on(
-        self, lanes: np.ndarray, length: np.ndarray, drafted: int, signals: np.ndarray
+        self,
+        lanes: np.ndarray,
+        length: np.ndarray,
+        drafted: int,
+        signals: np.ndarray,
+        match: np.ndarray,
     ) -> np.ndarray:
         """See `Controller`."""
         more: np.ndarray = self._gamma[lanes] > drafted
@@ -154,7 +169,12 @@ class AdaEdl(_Memoryless):
         self._rate = np.full(len(answers), self._aim)
 
     def goes_on(
-        self, lanes: np.ndarray, length: np.ndarray, drafted: int, signals: np.ndarray
+        self,
+        lanes: np.ndarray,
+        length: np.ndarray,
+        drafted: int,
+        signals: np.ndarray,
+        match: np.ndarray,
     ) -> np.ndarray:
         """See `Controller`."""
         nats = signals[:, at.ENTROPY].astype(np.float64) * math.log(2)
@@ -241,14 +261,19 @@ class OnlineLogistic:
         self._expected = np.ones(count)  # tokens of the step, if it ended now
         self._plain_run = np.zeros(count, dtype=np.int64)
 
-    def begins(self, lanes: np.ndarray, length: np.ndarray) -> np.ndarray:
+    def begins(self, lanes: np.ndarray, length: np.ndarray, match: np.ndarray) -> np.ndarray:
         """See `Controller`."""
         self._survival[lanes] = self._expected[lanes] = 1.0
         more: np.ndarray = self._pays(lanes, length, 0) | (self._plain_run[lanes] >= _PROBE_EVERY)
         return more
 
     def goes_on(
-        self, lanes: np.ndarray, length: np.ndarray, drafted: int, signals: np.ndarray
+        self,
+        lanes: np.ndarray,
+        length: np.ndarray,
+        drafted: int,
+        signals: np.ndarray,
+        match: np.ndarray,
     ) -> np.ndarray:
         """See `Controller`."""
         x = _logit(signals[:, at.CONFIDENCE])

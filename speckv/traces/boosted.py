@@ -73,7 +73,7 @@ def boosted_controller(train: Trace, compression: str, cost: CostTable) -> Contr
     """The policy of boosted models on the answers of one compression.
 
     Examples are gathered twice, under γ drawn at random and under the models fitted on that. λ is
-    solved on the same answers.
+    solved on the answers that chose the number of trees: on the others the models know too much.
 
     Raises
     ------
@@ -89,23 +89,23 @@ def boosted_controller(train: Trace, compression: str, cost: CostTable) -> Contr
         for inside in (False, True)
     ]
     seen = [decisions(part, replay(part, Explorer(0), cost)) for part in parts]
-    explored = _solved(Boosted(*seen), blank, train, compression, cost)
+    explored = _solved(Boosted(*seen), blank, parts[1], compression, cost)
     seen = [
         join_decisions([known, decisions(part, replay(part, explored, cost), ahead=2)])
         for known, part in zip(seen, parts, strict=True)
     ]
-    return _solved(Boosted(*seen), blank, train, compression, cost)
+    return _solved(Boosted(*seen), blank, parts[1], compression, cost)
 
 
 def _solved(
-    models: Boosted, blank: Policy, train: Trace, compression: str, cost: CostTable
+    models: Boosted, blank: Policy, held: Trace, compression: str, cost: CostTable
 ) -> Controller:
     """The controller of some models with its λ."""
 
     def build(rate: float) -> Controller:
         return PackedController(blank.pack(compression, cost, rate=rate), models.tokens)
 
-    return build(solve_rate(build, train, cost, tolerance=5e-3)[0])
+    return build(solve_rate(build, held, cost, tolerance=5e-3)[0])
 
 
 def _fit(kind: Any, train: Decisions, validation: Decisions, k: int) -> Any:

@@ -65,12 +65,17 @@ class Explorer:
         """See `Controller`."""
         self._random = np.random.default_rng(self._seed)
 
-    def begins(self, lanes: np.ndarray, length: np.ndarray) -> np.ndarray:
+    def begins(self, lanes: np.ndarray, length: np.ndarray, match: np.ndarray) -> np.ndarray:
         """See `Controller`."""
         return np.ones(len(lanes), dtype=bool)
 
     def goes_on(
-        self, lanes: np.ndarray, length: np.ndarray, drafted: int, signals: np.ndarray
+        self,
+        lanes: np.ndarray,
+        length: np.ndarray,
+        drafted: int,
+        signals: np.ndarray,
+        match: np.ndarray,
     ) -> np.ndarray:
         """See `Controller`."""
         more: np.ndarray = self._random.random(len(lanes)) > self._stop
@@ -135,6 +140,7 @@ def decisions(trace: Trace, replayed: Replayed, *, ahead: int = 0) -> Decisions:
         features[:, : at.FEATURE_DRAFTED] = seen
         features[:, at.FEATURE_DRAFTED] = drafted
         features[:, at.FEATURE_ACCEPTANCE] = acceptance[asked]
+        features[:, at.FEATURE_MATCH] = trace.match[row[asked], drafted]
         parts.append((asked, features))
     asked = np.concatenate([each for each, _ in parts])
     features = np.concatenate([each for _, each in parts])

@@ -53,7 +53,7 @@ class PackedController:
         self._acceptance = self._running[:, at.ACCEPTANCE].astype(np.float64)
         self._plain_run = np.full(len(answers), _FIRST_PLAIN_RUN, dtype=np.int64)
 
-    def begins(self, lanes: np.ndarray, length: np.ndarray) -> np.ndarray:
+    def begins(self, lanes: np.ndarray, length: np.ndarray, match: np.ndarray) -> np.ndarray:
         """See `Controller`."""
         if self._cap == 0:
             return np.zeros(len(lanes), dtype=bool)
@@ -66,11 +66,16 @@ class PackedController:
             known &= self._plain_run[lanes] < probe
         asked = np.flatnonzero(known)
         acceptance = self._acceptance[lanes[asked]]
-        more[asked] = self._wants_more(lanes[asked], length[asked], 0, acceptance)
+        more[asked] = self._wants_more(lanes[asked], length[asked], 0, acceptance, match[asked])
         return more
 
     def goes_on(
-        self, lanes: np.ndarray, length: np.ndarray, drafted: int, signals: np.ndarray
+        self,
+        lanes: np.ndarray,
+        length: np.ndarray,
+        drafted: int,
+        signals: np.ndarray,
+        match: np.ndarray,
     ) -> np.ndarray:
         """See `Controller`."""
         self._fold(lanes, drafted, signals)
@@ -86,7 +91,7 @@ class PackedController:
             more = ~(signals[:, at.CONFIDENCE] < threshold)
         else:
             acceptance = self._running[lanes, at.ACCEPTANCE].astype(np.float64)
-            more = self._wants_more(lanes, length, drafted, acceptance)
+            more = self._wants_more(lanes, length, drafted, acceptance, match)
         return more
 
     def learns(self, lanes: np.ndarray, gamma: np.ndarray, accepted: np.ndarray) -> None:
@@ -120,12 +125,17 @@ class PackedController:
         self._running[lanes, : at.ACCEPTANCE] = columns
 
     def _wants_more(
-        self, lanes: np.ndarray, length: np.ndarray, drafted: int, acceptance: np.ndarray
+        self,
+        lanes: np.ndarray,
+        length: np.ndarray,
+        drafted: int,
+        acceptance: np.ndarray,
+        match: np.ndarray,
     ) -> np.ndarray:
         """Whether the best γ is above ``drafted``: bool [n]."""
         if not len(lanes):
             return np.zeros(0, dtype=bool)
-        values = self._values(self._running[lanes], drafted, length, acceptance)
+        values = self._values(self._running[lanes], drafted, length, acceptance, match)
         here = values[:, : drafted + 1].max(axis=1)
         beyond = values[:, drafted + 1 :].max(axis=1, initial=-math.inf)
         more: np.ndarray = beyond > here
@@ -136,6 +146,7 @@ class PackedController:
             running[at.ACCEPTANCE] = float(acceptance[i])
             rows = [0] * at.ROW_WORDS
             rows[at.DRAFTED], rows[at.LENGTH] = drafted, int(length[i])
+            rows[at.MATCH_LENGTH] = int(match[i])
             more[i] = reference.best_gamma(self._policy, rows, running) > drafted
         return more
 
@@ -188,7 +199,12 @@ class _Values:
         self._barred = np.array([not chosen >> g & 1 for g in range(at.WIDTH_MAX)])
 
     def __call__(
-        self, running: np.ndarray, drafted: int, length: np.ndarray, acceptance: np.ndarray
+        self,
+        running: np.ndarray,
+        drafted: int,
+        length: np.ndarray,
+        acceptance: np.ndarray,
+        match: np.ndarray,
     ) -> np.ndarray:
         """Float32 [n, WIDTH_MAX]; -inf for what may not be chosen."""
         features = np.zeros((len(running), at.FEATURES), dtype=np.float32)
@@ -196,6 +212,7 @@ class _Values:
         features[:, at.FEATURE_DRAFTED] = drafted
         features[:, self._one_hot] = 1.0
         features[:, at.FEATURE_ACCEPTANCE] = acceptance
+        features[:, at.FEATURE_MATCH] = match
         tokens = self._tokens(features)
         if self._expected > 0:
             trust = np.minimum(acceptance / self._expected, 1.0).astype(np.float32)

@@ -25,19 +25,25 @@ from .schema import Answer, Trace
 class Controller(Protocol):
     """Chooses γ for S answers at once; ``lanes`` int64 [n] says for which of them.
 
-    ``length`` int64 [n] is the number of committed tokens, prompt included.
+    ``length`` int64 [n] is the number of committed tokens, prompt included; ``match`` int8 [n] is
+    word MATCH_LENGTH of `speckv.kernels.layout`, of these and of what was drafted.
     """
 
     def start(self, answers: Sequence[Answer]) -> None:
         """Forget everything; these answers begin."""
         ...
 
-    def begins(self, lanes: np.ndarray, length: np.ndarray) -> np.ndarray:
+    def begins(self, lanes: np.ndarray, length: np.ndarray, match: np.ndarray) -> np.ndarray:
         """Whether a step drafts at all: bool [n]."""
         ...
 
     def goes_on(
-        self, lanes: np.ndarray, length: np.ndarray, drafted: int, signals: np.ndarray
+        self,
+        lanes: np.ndarray,
+        length: np.ndarray,
+        drafted: int,
+        signals: np.ndarray,
+        match: np.ndarray,
     ) -> np.ndarray:
         """Whether to draft another token: bool [n].
 
@@ -179,13 +185,15 @@ def _draft(
 ) -> np.ndarray:
     """γ of a step of each of ``lanes``, int64."""
     gamma = np.zeros(len(lanes), dtype=np.int64)
-    going = np.flatnonzero(controller.begins(lanes, length) & (room > 0))
+    match = trace.match[row]
+    going = np.flatnonzero(controller.begins(lanes, length, match[:, 0]) & (room > 0))
     for drafted in range(1, GAMMA_MAX + 1):
         if not len(going):
             break
         gamma[going] = drafted
         signals = trace.rows.signals[row[going], drafted - 1]
-        more = controller.goes_on(lanes[going], length[going], drafted, signals)
+        told = match[going, drafted]
+        more = controller.goes_on(lanes[going], length[going], drafted, signals, told)
         going = going[more & (room[going] > drafted)]
     return gamma
 
@@ -205,13 +213,18 @@ class Oracle:
     def start(self, answers: Sequence[Answer]) -> None:
         """Nothing to forget."""
 
-    def begins(self, lanes: np.ndarray, length: np.ndarray) -> np.ndarray:
+    def begins(self, lanes: np.ndarray, length: np.ndarray, match: np.ndarray) -> np.ndarray:
         """See `Controller`."""
         more: np.ndarray = self._gamma[self._offset[lanes] + length] > 0
         return more
 
     def goes_on(
-        self, lanes: np.ndarray, length: np.ndarray, drafted: int, signals: np.ndarray
+        self,
+        lanes: np.ndarray,
+        length: np.ndarray,
+        drafted: int,
+        signals: np.ndarray,
+        match: np.ndarray,
     ) -> np.ndarray:
         """See `Controller`."""
         more: np.ndarray = self._gamma[self._offset[lanes] + length] > drafted

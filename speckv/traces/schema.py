@@ -44,6 +44,7 @@ from ..errors import TraceError
 from ..files import write_atomically
 from ..kernels.layout import GAMMA_MAX
 from ..policies import CostTable
+from .matches import match_lengths
 
 FORMAT, VERSION = "speckv-trace", 1
 _KEY, _DIGEST_KEY = b"speckv", b"speckv.sha256"
@@ -207,12 +208,15 @@ class Trace:
     first : int64 [len(answers) + 1]
         Row of each answer's position 0, and the number of rows.
     rows : Rows
+    match : int8 [R, WIDTH_MAX]
+        Of `speckv.traces.matches`: what a step that begins at each row is told of them.
     """
 
     info: TraceInfo
     answers: tuple[Answer, ...]
     first: np.ndarray
     rows: Rows
+    match: np.ndarray
 
     @property
     def lengths(self) -> np.ndarray:
@@ -230,6 +234,7 @@ class Trace:
             answers=tuple(self.answers[i] for i in kept),
             first=np.concatenate(([0], np.cumsum(lengths[kept], dtype=np.int64))),
             rows=self.rows.take(np.repeat(mask, lengths)),
+            match=self.match[np.repeat(mask, lengths)],
         )
 
 
@@ -250,7 +255,15 @@ def join(info: TraceInfo, parts: Iterable[tuple[Answer, Rows]]) -> Trace:
         for name in vars(pairs[0][1])
     }
     first = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
-    return Trace(info, tuple(answer for answer, _ in pairs), first, Rows(**columns))
+    return _trace(info, tuple(answer for answer, _ in pairs), first, Rows(**columns))
+
+
+def _trace(info: TraceInfo, answers: tuple[Answer, ...], first: np.ndarray, rows: Rows) -> Trace:
+    match = [
+        match_lengths(answer.prompt_tokens, rows.target_token[a:b], rows.draft_tokens[a:b])
+        for answer, a, b in zip(answers, first[:-1], first[1:], strict=True)
+    ]
+    return Trace(info, answers, first, rows, np.concatenate(match))
 
 
 def write_trace(path: Path, info: TraceInfo, parts: Iterable[tuple[Answer, Rows]]) -> None:
@@ -323,7 +336,7 @@ def read_trace(path: Path) -> Trace:
         )
     except (TypeError, ValueError) as error:
         raise TraceError(f"{path}: not a valid trace ({error})") from None
-    return Trace(info, _as_written(answers), first, rows)
+    return _trace(info, _as_written(answers), first, rows)
 
 
 def read_parts(path: Path) -> Iterable[tuple[Answer, Rows]]:

@@ -81,6 +81,7 @@ def mlp_policy(generator: torch.Generator, layout: int, objective: int) -> Tenso
     policy[at.MODE], policy[at.MLP_LAYOUT], policy[at.OBJECTIVE] = at.MODE_MLP, layout, objective
     policy[at.GAMMA_CAP], policy[at.RATE], policy[at.PROBE_EVERY] = at.GAMMA_MAX, 0.3, 3
     policy[at.CANDIDATES], policy[at.EMA_WEIGHT] = 0xFFFF, 0.2
+    policy[at.MATCHES] = 1.0
     return policy
 
 
@@ -100,6 +101,7 @@ def random_state(batch: int, width: int, vocabulary: int, generator: torch.Gener
         state.rows[b, at.STOP] = draw(2)
         state.rows[b, at.STEP], state.rows[b, at.PLAIN_RUN] = draw(1000), draw(5)
         state.rows[b, at.COMMITTED] = 9
+        state.rows[b, at.MATCH], state.rows[b, at.MATCH_LENGTH] = draw(length), draw(5)
         state.sequence[b, length : length + drafted] = torch.randint(
             0, vocabulary, (drafted,), generator=generator
         ).int()

@@ -35,6 +35,7 @@ def _decide_kernel(policy_ptr, rows_ptr, running_ptr, stop_ptr):
         tl.load(running_ptr + at.LAST_CONFIDENCE),
         tl.load(running_ptr + at.LAST_MARGIN),
         tl.load(running_ptr + at.ACCEPTANCE),
+        tl.load(rows_ptr + at.MATCH_LENGTH),
     )
     tl.store(stop_ptr, stop)
 

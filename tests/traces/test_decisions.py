@@ -28,25 +28,31 @@ class Recording:
     def start(self, answers: Sequence[Answer]) -> None:
         self.inner.start(answers)
 
-    def begins(self, lanes: np.ndarray, length: np.ndarray) -> np.ndarray:
-        self._note(lanes, length, 0)
-        return self.inner.begins(lanes, length)
+    def begins(self, lanes: np.ndarray, length: np.ndarray, match: np.ndarray) -> np.ndarray:
+        self._note(lanes, length, 0, match)
+        return self.inner.begins(lanes, length, match)
 
     def goes_on(
-        self, lanes: np.ndarray, length: np.ndarray, drafted: int, signals: np.ndarray
+        self,
+        lanes: np.ndarray,
+        length: np.ndarray,
+        drafted: int,
+        signals: np.ndarray,
+        match: np.ndarray,
     ) -> np.ndarray:
-        more = self.inner.goes_on(lanes, length, drafted, signals)
-        self._note(lanes, length, drafted)
+        more = self.inner.goes_on(lanes, length, drafted, signals, match)
+        self._note(lanes, length, drafted, match)
         return more
 
     def learns(self, lanes: np.ndarray, gamma: np.ndarray, accepted: np.ndarray) -> None:
         self.inner.learns(lanes, gamma, accepted)
 
-    def _note(self, lanes: np.ndarray, length: np.ndarray, drafted: int) -> None:
-        for lane, place in zip(lanes.tolist(), length.tolist(), strict=True):
+    def _note(self, lanes: np.ndarray, length: np.ndarray, drafted: int, match: np.ndarray) -> None:
+        told = (lanes.tolist(), length.tolist(), match.tolist())
+        for lane, place, matched in zip(*told, strict=True):
             running = self.inner._running[lane].copy()
             if running[at.LAST_ENTROPY] >= 0:
-                self.seen.append((lane, place, drafted, *running.tolist()))
+                self.seen.append((lane, place, drafted, *running.tolist(), matched))
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +64,16 @@ def trace() -> Trace:
 def test_features_are_those_of_the_loop(trace: Trace, name: str) -> None:
     recording = Recording(PackedController(parse_policy(name).pack("int8", COST)))
     found = decisions(trace, replay(trace, recording, COST))
-    names = [*range(at.FEATURE_DRAFTED), at.FEATURE_DRAFTED, at.FEATURE_ACCEPTANCE]
+    names = [*range(at.FEATURE_DRAFTED), at.FEATURE_DRAFTED]
+    names += [at.FEATURE_ACCEPTANCE, at.FEATURE_MATCH]
     ours = found.features[:, names]
-    theirs = np.array([[*row[3 : 3 + 7], row[2], row[10]] for row in recording.seen])
+    theirs = np.array([[*row[3 : 3 + 7], row[2], *row[10:]] for row in recording.seen])
     assert len(ours) == len(theirs) > 300
     order, other = np.lexsort(ours.T.round(4)), np.lexsort(theirs.T.round(4))
     np.testing.assert_allclose(ours[order], theirs[other], rtol=0, atol=2e-3)
     assert (found.features[:, at.FEATURE_COMPRESSION : at.FEATURE_ACCEPTANCE] == [0, 1, 0]).all()
-    assert not found.features[:, at.FEATURE_ACCEPTANCE + 1 :].any()
+    assert found.features[:, at.FEATURE_MATCH].any()
+    assert not found.features[:, at.FEATURE_MATCH + 1 :].any()
 
 
 def test_running_features_fold_as_the_reference_does(trace: Trace) -> None:

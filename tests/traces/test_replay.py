@@ -137,7 +137,7 @@ def test_near_ties_are_decided_by_the_reference(monkeypatch: pytest.MonkeyPatch)
 
 
 def poisoned(trace: Trace, found: Replayed) -> Trace:
-    """Every signal that no step drafted becomes rubbish."""
+    """Every token that no step drafted becomes another, and its signals rubbish."""
     rng = np.random.default_rng(1)
     drafted = np.zeros((len(trace.rows), GAMMA_MAX), dtype=bool)
     for i in range(len(trace.answers)):
@@ -148,7 +148,11 @@ def poisoned(trace: Trace, found: Replayed) -> Trace:
     signals = trace.rows.signals.copy()
     rubbish = rng.choice(np.array([np.nan, 0.0, 1.0, -5.0, 1e9], np.float32), signals.shape)
     signals[~drafted] = rubbish[~drafted]
-    return replace(trace, rows=replace(trace.rows, signals=signals))
+    tokens = np.where(drafted, trace.rows.draft_tokens, rng.integers(0, 50, drafted.shape))
+    rows = replace(trace.rows, signals=signals, draft_tokens=tokens.astype(np.int32))
+    bounds = zip(trace.first[:-1], trace.first[1:], strict=True)
+    parts = [(a, rows.take(np.arange(*b))) for a, b in zip(trace.answers, bounds, strict=True)]
+    return join(trace.info, parts)
 
 
 def assert_causal(trace: Trace, make: Callable[[], Controller], cost: CostTable = COST) -> None:
@@ -168,7 +172,7 @@ def test_the_causality_test_can_fail() -> None:
     class Peeking(PackedController):
         """Looks at a token that it has not drafted."""
 
-        def begins(self, lanes: np.ndarray, length: np.ndarray) -> np.ndarray:
+        def begins(self, lanes: np.ndarray, length: np.ndarray, match: np.ndarray) -> np.ndarray:
             trace = Peeking.shown
             first = trace.first[lanes] + length
             first -= np.array([len(a.prompt_tokens) for a in trace.answers])[lanes]
