@@ -75,6 +75,24 @@ def replay_all(
     return Study(trace, tables, cells, split_prompts(trace, train_share, seed))
 
 
+def try_all(study: Study) -> Study:
+    """The study with what else was tried in each of its cells, with a progress bar."""
+    from dataclasses import replace
+
+    from .traces.tries import tries
+
+    tried = {}
+    with progress_bar(stderr_console(), "trying", len(study.cells)) as advance:
+        for cell in study.cells:
+            key = cell.compression, cell.temperature
+            own = study.trace.where(lambda a, key=key: (a.compression, a.temperature) == key)  # type: ignore[misc]
+            train = own.where(lambda a: a.prompt_id in study.training)
+            judged = own.where(lambda a: a.prompt_id not in study.training)
+            tried[key] = tries(train, judged, cell.compression, study.costs[cell.compression])
+            advance(1)
+    return replace(study, tried=tried)
+
+
 def write_costs(path: Path, tables: Mapping[str, CostTable]) -> None:
     """Write what `read_costs` reads."""
     write_json(path, {name: asdict(table) for name, table in tables.items()})

@@ -243,20 +243,30 @@ def report(
     costs: Costs = None,
     train_share: TrainShare = 0.5,
     seed: SplitSeed = 0,
+    tries: Annotated[
+        bool,
+        typer.Option(
+            "--tries",
+            help="Also what other information, training targets and stopping rules would give; "
+            "seconds for each compression and temperature.",
+        ),
+    ] = False,
 ) -> None:
     """Replay policies on a trace and write what came of it: report.html, plots, report.json."""
     from ._cli_output import stderr_console, write_json
-    from ._cli_replay import replay_all
+    from ._cli_replay import replay_all, try_all
     from .figures import require_matplotlib
     from .traces.compare import to_dict
-    from .traces.report import write_report
+    from .traces.report import tries_to_list, write_report
 
     require_matplotlib()
     study = replay_all(trace, policies, costs, train_share=train_share, seed=seed)
+    if tries:
+        study = try_all(study)
     folder = (out or trace.with_name(f"{trace.name}.report")).expanduser()
     path = write_report(study, folder)
     document = to_dict(study.trace, study.costs, study.cells, train_share=train_share, seed=seed)
-    write_json(folder / "report.json", document)
+    write_json(folder / "report.json", document | {"tries": tries_to_list(study)})
     stderr_console().print(f"wrote {path}", markup=False)
 
 

@@ -6,7 +6,7 @@ import base64
 import html
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .compare import Cell, Row
 from .decisions import decisions
 from .replay import Controller, Oracle, Replayed, replay
 from .schema import Trace
+from .tries import Try
 from .tuning import ORACLE, STATIC, resolve, tune
 
 NAME = "report.html"
@@ -48,12 +49,15 @@ class Study:
         Of `speckv.traces.compare.compare`.
     training : frozenset of int
         Prompts that policies were tuned on; the others judge.
+    tried : mapping of (str, float) to sequence of Try
+        By compression and temperature; empty where nothing else was tried.
     """
 
     trace: Trace
     costs: Mapping[str, CostTable]
     cells: Sequence[Cell]
     training: frozenset[int]
+    tried: Mapping[tuple[str, float], Sequence[Try]] = field(default_factory=dict)
 
     @property
     def compressions(self) -> list[str]:
@@ -109,6 +113,18 @@ def write_report(study: Study, folder: Path) -> Path:
     return path
 
 
+def tries_to_list(study: Study) -> list[dict[str, Any]]:
+    """JSON values of what else was tried, a cell each."""
+    return [
+        {
+            "compression": compression,
+            "temperature": temperature,
+            "tries": [asdict(each) for each in tried],
+        }
+        for (compression, temperature), tried in study.tried.items()
+    ]
+
+
 def _page(study: Study, images: Sequence[Path]) -> str:
     info = study.trace.info
     facts = {
@@ -122,7 +138,10 @@ def _page(study: Study, images: Sequence[Path]) -> str:
     }
     listed = "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items())
     shown = "".join(_image(path) for path in images)
-    tables = "".join(_table(cell) for cell in study.cells)
+    tables = "".join(
+        _table(cell) + _tries(study.tried.get((cell.compression, cell.temperature), ()))
+        for cell in study.cells
+    )
     return (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
         f"<title>speckv: {_text(info.target['name'])}</title><style>{_STYLE}</style>"
@@ -166,8 +185,35 @@ def _table_row(row: Row) -> str:
         f"{low:.3f} to {high:.3f}",
         "" if math.isnan(row.gap_closed) else f"{row.gap_closed:.0%}",
     )
-    mark = ' class="ours"' if row.policy == _OURS else ""
+    return _cells(values, ' class="ours"' if row.policy == _OURS else "")
+
+
+def _cells(values: Sequence[str], mark: str = "") -> str:
     return f"<tr{mark}>" + "".join(f"<td>{value}</td>" for value in values) + "</tr>"
+
+
+def _tries(tried: Sequence[Try]) -> str:
+    if not tried:
+        return ""
+    head = ("tried", "over static", "95%", "gap closed", "bits")
+    rows = "".join(_cells(_try_values(each)) for each in tried)
+    return (
+        "<h3>What else a controller could go by</h3>"
+        "<p>Boosted trees on what is known within a step; the rules see the signals and the "
+        "match.</p><table><tr>" + "".join(f"<th>{name}</th>" for name in head) + f"</tr>{rows}"
+        "</table>"
+    )
+
+
+def _try_values(tried: Try) -> tuple[str, ...]:
+    low, high = tried.over_static_95
+    return (
+        _text(tried.name),
+        f"{tried.over_static:.3f}",
+        f"{low:.3f} to {high:.3f}",
+        "" if math.isnan(tried.gap_closed) else f"{tried.gap_closed:.0%}",
+        "" if math.isnan(tried.bits) else f"{tried.bits:.4f}",
+    )
 
 
 def _image(path: Path) -> str:
@@ -303,7 +349,7 @@ def _best_gamma(study: Study, axes: Any) -> None:
         }
         if not speeds:
             axes.set_title("no fixed γ was replayed")
-            break
+            return
         best = max(speeds, key=speeds.__getitem__)
         axes.plot([*speeds], [*speeds.values()], "o-", color=colour, label=f"{compression}: {best}")
         axes.plot(best, speeds[best], "*", color=colour, markersize=16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import json
 import re
 import struct
@@ -19,6 +20,7 @@ from speckv.models.hub import CACHE_VARIABLE
 from speckv.traces.compare import compare, split_prompts
 from speckv.traces.report import CAPTIONS, PLOTS, Study
 from speckv.traces.schema import Trace, write_trace
+from speckv.traces.tries import INFORMATION
 from tests.traces.synthetic import COST, made_up_trace
 from tests.traces.test_schema import parts_of
 
@@ -77,6 +79,25 @@ def test_the_page_holds_everything(path: Path, tmp_path: Path, trained: bool) ->
     for cell in cells:
         for row in cell["rows"]:
             assert f"<td>{row['policy']}</td><td>{row['tokens_per_second']:.1f}</td>" in page
+
+
+def test_what_else_was_tried(path: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    arguments = ["report", str(path), "--out", str(out), "--policies", "static", "--tries"]
+    assert cli.run(arguments) == 0
+    page = (out / "report.html").read_text(encoding="utf-8")
+    found = json.loads((out / "report.json").read_text())["tries"]
+    assert len(found) == page.count("<h3>") == 4
+    assert {(each["compression"], each["temperature"]) for each in found} == {
+        (compression, temperature) for compression in ("fp32", "int8") for temperature in (0.0, 0.7)
+    }
+    for cell in found:
+        names = [each["name"] for each in cell["tries"]]
+        assert [*INFORMATION] == names[: len(INFORMATION)] and len(names) == len(set(names))
+        for each in cell["tries"]:
+            low, high = each["over_static_95"]
+            assert low <= each["over_static"] <= high and each["gap_closed"] <= 1
+            assert html.escape(each["name"]) in page
 
 
 def test_the_best_gamma_is_the_fastest_that_was_replayed(study: Study) -> None:
