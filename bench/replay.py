@@ -2,10 +2,11 @@
 
     python -m bench.replay trace.parquet --policies fixed:3,speckv
 
-Every answer is decoded under each policy and plainly, in an order that rotates from answer to
-answer, after a warm-up. Tokens must be those of the trace and steps those of the replay, or no
-number is printed. Live tokens per second are of the decoding steps (drafting, verification and
-decisions; no prefill), as the replay's are. Costs are the trace's, or measured anew.
+The answers are those to prompts that speckv train, by default, leaves to judge on. Each is decoded
+under every policy and plainly, in an order that rotates from answer to answer, after a warm-up.
+Tokens must be those of the trace and steps those of the replay, or no number is printed. Live
+tokens per second are of the decoding steps (drafting, verification and decisions; no prefill), as
+the replay's are. Costs are the trace's, or measured anew.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ import numpy as np
 from bench.environment import environment, write_json
 from speckv import Engine, Result, SamplingParams
 from speckv.decoding.calibrate import measure as measure_costs
-from speckv.policies import CostTable, parse_policy
+from speckv.policies import CostTable
+from speckv.traces.compare import split_prompts
 from speckv.traces.packed import PackedController
 from speckv.traces.replay import Replayed, replay
 from speckv.traces.schema import Answer, Trace, read_trace
+from speckv.traces.tuning import resolve
 
 PLAIN = "fixed:0"
 _WARM_UP_TOKENS = 16
+_TRAIN_SHARE, _SPLIT_SEED = 0.5, 0  # the defaults of speckv train and replay
 
 
 def measure(
@@ -44,7 +48,7 @@ def measure(
     replayed = {
         name: replay(
             trace,
-            PackedController(parse_policy(name).pack(engine.target.compression, cost)),
+            PackedController(resolve(name, trace).pack(engine.target.compression, cost)),
             cost,
         )
         for name in names
@@ -103,14 +107,16 @@ def main() -> None:
     parser.add_argument("--compression", default="fp32")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--policies", default="fixed:3,speckv", help="separated by commas")
-    parser.add_argument("--answers", type=int, default=20, help="so many of the trace")
+    parser.add_argument("--answers", type=int, default=20, help="so many of the held-out prompts")
     parser.add_argument("--measure", action="store_true", help="measure costs anew")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     kind = (arguments.compression, arguments.temperature)
     trace = read_trace(arguments.trace)
     chosen = [a for a in trace.answers if (a.compression, a.temperature) == kind]
-    kept = set(chosen[: arguments.answers])
+    known = split_prompts(trace, _TRAIN_SHARE, _SPLIT_SEED)
+    held_out = [a for a in chosen if a.prompt_id not in known]
+    kept = set(held_out[: arguments.answers])
     trace = trace.where(lambda a: a in kept)
     engine = Engine.from_pretrained(
         arguments.target, arguments.draft, compression=arguments.compression

@@ -218,6 +218,7 @@ def calibrate(
 
     with stdout_to_stderr():
         from .decoding.calibrate import calibrated
+        from .decoding.choice import choose_loop
         from .decoding.lookup import parse_draft
         from .models.loading import load_model
         from .models.pairing import load_draft
@@ -227,7 +228,8 @@ def calibrate(
         drafted, _ = load_draft(name, model, tokenizer)
         if drafted is None and lookup is None:
             raise ValueError(f"draft: expected one, since {model.name} has none of its own")
-        table = calibrated(model, drafted, anew=True)
+        graphs = choose_loop(model, drafted, lookup).on_graphs
+        table = calibrated(model, drafted, graphs=graphs, anew=True)
     show_costs(Console(highlight=False), model.compression, table)
     if json is not None:
         write_costs(json.expanduser(), {model.compression: table})

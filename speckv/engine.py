@@ -351,7 +351,7 @@ class Engine:
         a policy that weighs costs stops a lookup too early rather than a model too late.
         """
         if policy.needs_cost and self._cost is None and not self._cannot_draft:
-            self._cost = calibrated(self.target, self.draft)
+            self._cost = calibrated(self.target, self.draft, graphs=self.loop.on_graphs)
         return policy.pack(self.target.compression, self._cost)
 
 

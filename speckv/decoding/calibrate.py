@@ -1,4 +1,8 @@
-"""Measured costs of a step, for the rate objective, cached per machine and pair of models."""
+"""Measured costs of a step, for the rate objective, cached per machine and pair of models.
+
+On a GPU the eager loop's forwards are bound by their launches, those of the loops on graphs are
+not: the latter are priced as they run, as replays of CUDA graphs.
+"""
 
 from __future__ import annotations
 
@@ -21,34 +25,44 @@ from ..models.hub import cache_root
 from ..models.progress import SlowProgress
 from ..policies import CostTable, parse_policy
 from .eager import operations
+from .graphed import capture, synchronize
 from .lookup import Lookup, Lookups, draft_matches
 from .prepared import prepared
 
-_VERSION = 2
+_VERSION = 3
 _WIDTHS = (1, 2, 3, 5, 9, 16)
 _DRAFT_WIDTHS = (1, 2)
 _CONTEXTS = (64, 1024)
 _REPEATS = 5
+_REPLAYS = 10  # of a graph, for one time
 
 
-def calibrated(target: CausalModel, draft: CausalModel | None, *, anew: bool = False) -> CostTable:
+def calibrated(
+    target: CausalModel,
+    draft: CausalModel | None,
+    *,
+    graphs: bool = False,
+    anew: bool = False,
+) -> CostTable:
     """The cost table of this pair on this machine: from the cache, else measured (seconds).
 
     Without a draft model it is that of a lookup. With ``anew`` it is measured in any case.
+    ``graphs`` says whether the loop that decodes is one on graphs.
     """
-    path = cache_root() / "costs" / f"{_key(target, draft)}.json"
+    path = cache_root() / "costs" / f"{_key(target, draft, graphs)}.json"
     table = None if anew else _read(path)
     if table is None:
-        table = measure(target, draft)
+        table = measure(target, draft, graphs=graphs)
         _write(path, table)
     return table
 
 
 @torch.inference_mode()
-def measure(target: CausalModel, draft: CausalModel | None) -> CostTable:
+def measure(target: CausalModel, draft: CausalModel | None, *, graphs: bool = False) -> CostTable:
     """Time forwards of both models, `draft_step` and `verify`, and fit `CostTable`.
 
-    Without a draft model a draft token costs what a lookup takes.
+    Without a draft model a draft token costs what a lookup takes. With ``graphs`` all is captured
+    first, and its replays are timed.
 
     Medians, linear between widths. Context slopes come from two lengths; where noise makes one
     negative it is zero. The draft's first forward of a step is priced at the two rows that it has
@@ -62,8 +76,7 @@ def measure(target: CausalModel, draft: CausalModel | None) -> CostTable:
 
         def forward_ms(model: CausalModel, cache: KVCache, width: int, context: int) -> float:
             progress.advance()
-            tokens = torch.zeros(1, width, dtype=torch.int32, device=model.device)
-            return _median_ms(lambda: model.forward(tokens, [context], cache), model.device)
+            return _forward_ms(model, cache, width, context, graphs)
 
         def forwards_ms(model: CausalModel, widths: tuple[int, ...]) -> list[list[float]]:
             cache = model.new_cache(1, contexts[-1] + WIDTH_MAX)
@@ -73,8 +86,8 @@ def measure(target: CausalModel, draft: CausalModel | None) -> CostTable:
         drafted = [[0.0] * len(_DRAFT_WIDTHS) for _ in contexts]
         if draft is not None:
             drafted = forwards_ms(draft, _DRAFT_WIDTHS)
-    choice_ms = _lookup_ms(target) if draft is None else _choice_ms(draft, target.device)
-    commit_ms = _commit_ms(target)
+    choice_ms = _lookup_ms(target) if draft is None else _choice_ms(draft, target.device, graphs)
+    commit_ms = _commit_ms(target, graphs)
     span = max(contexts[-1] - contexts[0], 1)
     slopes = [(far - near) / span for near, far in zip(verify[0], verify[-1], strict=True)]
     verify_slope = max(median(slopes), 0.0)
@@ -89,17 +102,26 @@ def measure(target: CausalModel, draft: CausalModel | None) -> CostTable:
     )
 
 
-def _choice_ms(draft: CausalModel, device: torch.device) -> float:
+def _forward_ms(
+    model: CausalModel, cache: KVCache, width: int, context: int, graphs: bool
+) -> float:
+    """Milliseconds of a forward of ``width`` tokens after ``context`` others."""
+    device = model.device
+    tokens = torch.zeros(1, width, dtype=torch.int32, device=device)
+    if not graphs:
+        return _median_ms(lambda: model.forward(tokens, [context], cache), device)
+    slots = torch.zeros(1, dtype=torch.int64, device=device)
+    positions = torch.arange(context, context + width, device=device)[None]
+    return _replay_ms(lambda: model.forward(tokens, positions, cache, slots=slots), device)
+
+
+def _choice_ms(draft: CausalModel, device: torch.device, graphs: bool) -> float:
     """Milliseconds of `draft_step` on one greedy row."""
     operations_of = prepared(operations(device))
     state, policy = StepState.allocate(1, 64, device), _deciding_policy(device)
     logits = torch.randn(1, draft.vocab_size, device=device).to(draft.dtype)
 
-    def run() -> None:
-        _begin_step(state, [0])
-        operations_of.draft_step(logits, state, policy)
-
-    return _median_ms(run, device)
+    return _step_ms(lambda: operations_of.draft_step(logits, state, policy), state, graphs)
 
 
 def _lookup_ms(target: CausalModel) -> float:
@@ -116,7 +138,7 @@ def _lookup_ms(target: CausalModel) -> float:
     return _median_ms(run, device) / int(state.rows[0, at.DRAFTED])
 
 
-def _commit_ms(target: CausalModel) -> float:
+def _commit_ms(target: CausalModel, graphs: bool) -> float:
     """Milliseconds of `verify` on one greedy row."""
     device = target.device
     operations_of = prepared(operations(device))
@@ -124,11 +146,27 @@ def _commit_ms(target: CausalModel) -> float:
     eos = torch.full((1, 1), -1, dtype=torch.int32, device=device)
     logits = torch.randn(1, 1, target.vocab_size, device=device).to(target.dtype)
 
-    def run() -> None:
-        _begin_step(state, [0])
-        operations_of.verify(logits, state, policy, eos=eos)
+    return _step_ms(lambda: operations_of.verify(logits, state, policy, eos=eos), state, graphs)
 
-    return _median_ms(run, device)
+
+def _step_ms(operation: Callable[[], object], state: StepState, graphs: bool) -> float:
+    """Milliseconds of an operation on the only row of a state, at the start of a step."""
+    device = state.rows.device
+    if not graphs:
+
+        def begin_and_run() -> None:
+            _begin_step(state, [0])
+            operation()
+
+        return _median_ms(begin_and_run, device)
+    _begin_step(state, [0])
+    rows = state.rows.clone()
+
+    def restore_and_run() -> None:
+        state.rows.copy_(rows)
+        operation()
+
+    return _replay_ms(restore_and_run, device)
 
 
 def _deciding_policy(device: torch.device) -> torch.Tensor:
@@ -147,10 +185,24 @@ def _median_ms(call: Callable[[], object], device: torch.device) -> float:
         start = perf_counter()
         call()
         if device.type == "cuda":
-            torch.cuda.synchronize(device)
+            synchronize(device)
         if repeat:
             times.append((perf_counter() - start) * 1e3)
     return median(times)
+
+
+def _replay_ms(call: Callable[[], object], device: torch.device) -> float:
+    """Of a replay of the call as a CUDA graph, among others of the same."""
+    for _ in range(2):  # compiled, and what is allocated once
+        call()
+    synchronize(device)
+    graph, _ = capture(call, None)
+
+    def replay() -> None:
+        for _ in range(_REPLAYS):
+            graph.replay()
+
+    return _median_ms(replay, device) / _REPLAYS
 
 
 def _interpolate(widths: tuple[int, ...], values: list[float]) -> list[float]:
@@ -166,7 +218,7 @@ def _interpolate(widths: tuple[int, ...], values: list[float]) -> list[float]:
     return result
 
 
-def _key(target: CausalModel, draft: CausalModel | None) -> str:
+def _key(target: CausalModel, draft: CausalModel | None, graphs: bool) -> str:
     """Costs change with any of these."""
     models = [target] if draft is None else [target, draft]
     facts = [
@@ -175,6 +227,7 @@ def _key(target: CausalModel, draft: CausalModel | None) -> str:
         device_name(target.device),
         torch.get_num_threads(),
         torch.backends.cpu.get_cpu_capability(),
+        graphs,
         *([m.name, m.compression, str(m.dtype), m.vocab_size] for m in models),
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -48,6 +48,11 @@ class Choice:
     kind: str
     reason: str = ""
 
+    @property
+    def on_graphs(self) -> bool:
+        """Whether its forwards are CUDA graphs."""
+        return self.kind != "eager"
+
     def __str__(self) -> str:
         return f"{self.kind} loop" + (f" ({self.reason})" if self.reason else "")
 

@@ -84,7 +84,7 @@ class GraphedLoop(PlannedLoop):
                 )
 
 
-def capture(work: Callable[[], None], pool: Any) -> tuple[Any, Any]:
+def capture(work: Callable[[], object], pool: Any) -> tuple[Any, Any]:
     """A CUDA graph of what ``work`` launches, and the memory pool that it shares with others.
 
     It is instantiated when it is first replayed, which in the device loop few are.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .._version import __version__
 from ..decoding.calibrate import calibrated
+from ..decoding.choice import choose_loop
 from ..decoding.lookup import parse_draft
 from ..decoding.trained import identify
 from ..errors import TraceError
@@ -30,6 +31,7 @@ from ..models.base import COMPRESSIONS, CausalModel
 from ..models.loading import load_model
 from ..models.pairing import eos_token_ids, load_draft
 from ..models.tokenizers import encode_prompts
+from ..policies import CostTable
 from ..prompts import Prompt
 from ..reporter import Reporter
 from ..sampling import SamplingParams
@@ -123,7 +125,7 @@ def profile(
         asked = _answers(pair, prompts, recipe)
         report.stage(f"Recording {compression}", sum(answer.limit for answer in asked))
         _record_missing(pair, asked, folder, info, report)
-        costs = dict(info.costs) | {compression: calibrated(pair.target, pair.draft)}
+        costs = dict(info.costs) | {compression: pair.costs()}
         dtype = dtype_name(pair.target.dtype)
         dtypes = dict(info.target["dtype"]) | {compression: dtype}
         info = replace(info, target=dict(info.target) | {"dtype": dtypes}, costs=costs)
@@ -141,6 +143,11 @@ class _Pair:
     tokenizer: Any
     draft: CausalModel
     id_map: Tensor | None
+
+    def costs(self) -> CostTable:
+        """Of the loop that would decode."""
+        graphs = choose_loop(self.target, self.draft).on_graphs
+        return calibrated(self.target, self.draft, graphs=graphs)
 
     @classmethod
     def load(
