@@ -48,7 +48,7 @@ def measure(
     replayed = {
         name: replay(
             trace,
-            PackedController(resolve(name, trace).pack(engine.target.compression, cost)),
+            _controller(name, trace, engine.target.compression, cost),
             cost,
         )
         for name in names
@@ -72,6 +72,11 @@ def measure(
         "policies": {name: _row(replayed[name], seconds[name]) for name in names},
         "environment": environment(),
     }
+
+
+def _controller(name: str, trace: Trace, compression: str, cost: CostTable) -> PackedController:
+    policy = resolve(name, trace)
+    return PackedController(policy.pack(compression, cost, temperature=trace.mean_temperature))
 
 
 def check(trace: Trace, index: int, name: str, result: Result, replayed: Replayed) -> None:

@@ -125,6 +125,7 @@ def _best_gamma(
     f = tl.where(o == at.FEATURE_COMPRESSION + compression, 1.0, f)
     f = tl.where(o == at.FEATURE_ACCEPTANCE, acceptance, f)
     f = tl.where(o == at.FEATURE_MATCH, match_length.to(tl.float32), f)
+    f = tl.where(o == at.FEATURE_TEMPERATURE, tl.load(policy_ptr + at.TEMPERATURE), f)
     scale = tl.load(policy_ptr + at.FEATURE_SCALE + o)
     f = (f - tl.load(policy_ptr + at.FEATURE_MEAN + o)) * scale
 

@@ -71,6 +71,7 @@ CANDIDATES = 8  # bit γ set: γ may be chosen by the MLP
 EMA_WEIGHT = 9  # weight of the newest step in ACCEPTANCE
 EXPECTED_ACCEPTANCE = 10  # of the data the MLP was trained on; 0: its predictions are taken as is
 MATCHES = 11  # 1: the MLP sees FEATURE_MATCH, so MATCH and MATCH_LENGTH are kept
+TEMPERATURE = 12  # of the requests, on average; 0 is greedy
 HEADER_WORDS = 16
 FEATURES, HIDDEN, OUTPUTS = 16, 16, 16
 COST = HEADER_WORDS  # ms of a step that verifies γ draft tokens, γ = 0..15, at context 0
@@ -92,6 +93,7 @@ FEATURE_DRAFTED = 7
 FEATURE_COMPRESSION = 8  # one-hot over 8, 9, 10
 FEATURE_ACCEPTANCE = 11
 FEATURE_MATCH = 12  # word MATCH_LENGTH of `rows`
+FEATURE_TEMPERATURE = 13
 FEATURE_GAMMA = 15  # LAYOUT_PAPER only: the candidate γ; LAYOUT_SURVIVAL sees zero
 
 # Words of `LoopState.control` (int32 [CONTROL_WORDS]).

@@ -70,6 +70,7 @@ def best_gamma(policy: Tensor, rows: list[int], running: list[float]) -> int:
     features[at.FEATURE_COMPRESSION + int(header[at.COMPRESSION])] = 1.0
     features[at.FEATURE_ACCEPTANCE] = running[at.ACCEPTANCE]
     features[at.FEATURE_MATCH] = rows[at.MATCH_LENGTH]
+    features[at.FEATURE_TEMPERATURE] = header[at.TEMPERATURE]
 
     def block(start: int, *shape: int) -> NDArray[np.float32]:
         return words[start : start + math.prod(shape)].reshape(shape)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from functools import cached_property
 from numbers import Integral
+from statistics import fmean
 from threading import Lock
 from typing import Any
 
@@ -258,7 +259,7 @@ class Engine:
         """
         rows = min(batch_size, self.max_batch_size)
         self._loops.reserve(rows, min(length, self.max_length))
-        self._pack(self.policy)
+        self._pack(self.policy, 0.0)
         policies: list[str | Policy] = ["fixed:0"]
         if not self._cannot_draft:
             policies += ["fixed:2", self.policy]
@@ -343,8 +344,8 @@ class Engine:
     def _cannot_draft(self) -> bool:
         return self.draft is None and self.lookup is None
 
-    def _pack(self, policy: Policy) -> Tensor:
-        """The policy with this pair's costs.
+    def _pack(self, policy: Policy, temperature: float) -> Tensor:
+        """The policy with this pair's costs, for requests of some mean temperature.
 
         There is one price of a draft token. Beside a model it is the model's, for looked-up tokens
         too: a step drafts by the one or the other, which is decided after the policy is packed. So
@@ -352,7 +353,7 @@ class Engine:
         """
         if policy.needs_cost and self._cost is None and not self._cannot_draft:
             self._cost = calibrated(self.target, self.draft, graphs=self.loop.on_graphs)
-        return policy.pack(self.target.compression, self._cost)
+        return policy.pack(self.target.compression, self._cost, temperature=temperature)
 
 
 class _Generation:
@@ -400,7 +401,7 @@ class _Generation:
             engine._busy.release()
 
     def _run(self, engine: Engine) -> Generator[Chunk, None, None]:
-        packed = engine._pack(self._policy)
+        packed = engine._pack(self._policy, fmean(p.temperature for p in self._params))
         loop = engine._loops.take(self._requests)
         start = time.perf_counter()
         try:

@@ -25,7 +25,7 @@ from ..kernels import layout as at
 from ..kernels.layout import WIDTH_MAX
 from .cost import CostTable
 
-FORMAT, VERSION = "speckv-policy", "1"
+FORMAT, VERSION = "speckv-policy", "2"
 _LAYOUTS = {"survival": at.LAYOUT_SURVIVAL, "paper": at.LAYOUT_PAPER}
 SHAPES = {
     "feature_mean": (at.FEATURES,),
@@ -36,7 +36,7 @@ SHAPES = {
     "output_bias": (at.OUTPUTS,),
 }
 _RECORD = "record"
-_RECORD_SHAPE = (3, at.GAMMA_MAX + 2)
+_RECORD_WORDS = at.GAMMA_MAX + 4
 _OFFSETS = {
     "feature_mean": at.FEATURE_MEAN,
     "feature_scale": at.FEATURE_SCALE,
@@ -49,7 +49,7 @@ _OFFSETS = {
 
 @dataclass(frozen=True)
 class Record:
-    """How a policy did on its own traces at one compression: what its λ is computed from.
+    """How a policy did on its traces of one compression and temperature: its λ is from that.
 
     Attributes
     ----------
@@ -93,15 +93,16 @@ class Mlp:
         ``output_weight`` [16, 16], ``output_bias`` [16].
     card : mapping
         How it was trained: data, seeds, metrics. JSON values.
-    records : mapping of int to Record
-        By compression, as its place in the inputs' one-hot; empty for a policy of no trace.
+    records : mapping of (int, float) to Record
+        By compression, as its place in the inputs' one-hot, and temperature; empty for a policy of
+        no trace.
     """
 
     layout: int
     gammas: tuple[int, ...]
     tensors: Mapping[str, Tensor]
     card: Mapping[str, Any] = field(default_factory=dict)
-    records: Mapping[int, Record] = field(default_factory=dict)
+    records: Mapping[tuple[int, float], Record] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, shape in SHAPES.items():
@@ -116,10 +117,18 @@ class Mlp:
                 f"policy gammas: expected values from 1 to {at.GAMMA_MAX}, got {self.gammas}"
             )
 
+    def record(self, compression: int, temperature: float) -> Record | None:
+        """That of this compression at the nearest temperature, the lower of two."""
+        near = [t for place, t in self.records if place == compression]
+        if not near:
+            return None
+        return self.records[compression, min(near, key=lambda t: (abs(t - temperature), t))]
+
     @property
     def sees_matches(self) -> bool:
         """Whether FEATURE_MATCH is among the inputs that count."""
-        return bool(self.tensors["feature_scale"][at.FEATURE_MATCH])
+        weight = self.tensors["hidden_weight"][:, at.FEATURE_MATCH]
+        return bool((weight * self.tensors["feature_scale"][at.FEATURE_MATCH]).any())
 
     def pack_into(self, buffer: Tensor) -> None:
         """Write layout and weights into a policy buffer, float32 [POLICY_WORDS]."""
@@ -176,26 +185,29 @@ class Mlp:
         except (KeyError, TypeError, ValueError) as error:
             raise PolicyError(f"policy file {path}: bad metadata ({error!r})") from None
         record = tensors.pop(_RECORD, None)
-        if record is not None and tuple(record.shape) != _RECORD_SHAPE:
+        if record is not None and (record.ndim != 2 or record.shape[1] != _RECORD_WORDS):
             raise PolicyError(
-                f"policy file {path}: expected a record of {_RECORD_SHAPE}, got "
+                f"policy file {path}: expected a record of rows of {_RECORD_WORDS}, got "
                 f"{tuple(record.shape)}"
             )
         records = {} if record is None else _unpack_records(record)
         return cls(layout, gammas, tensors, card, records)
 
 
-def _pack_records(records: Mapping[int, Record]) -> Tensor:
-    packed = torch.zeros(_RECORD_SHAPE)
-    for place, record in records.items():
-        packed[place] = torch.tensor([*record.survival, record.context, record.gain])
-    return packed
+def _pack_records(records: Mapping[tuple[int, float], Record]) -> Tensor:
+    rows = [
+        [place, temperature, *record.survival, record.context, record.gain]
+        for (place, temperature), record in records.items()
+    ]
+    return torch.tensor(rows, dtype=torch.float32)
 
 
-def _unpack_records(packed: Tensor) -> dict[int, Record]:
-    """Rows without a gain stand for compressions without a record."""
-    rows = enumerate(packed.tolist())
-    return {i: Record(tuple(row[:-2]), row[-2], row[-1]) for i, row in rows if row[-1] > 0}
+def _unpack_records(packed: Tensor) -> dict[tuple[int, float], Record]:
+    """Temperatures as the decimals that they were."""
+    return {
+        (int(place), round(temperature, 6)): Record(tuple(survival), context, gain)
+        for place, temperature, *survival, context, gain in packed.tolist()
+    }
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -84,6 +84,7 @@ class Policy:
         compression: str = "fp16",
         cost: CostTable | None = None,
         *,
+        temperature: float = 0.0,
         rate: float | None = None,
     ) -> Tensor:
         """The policy as the kernels read it.
@@ -94,9 +95,12 @@ class Policy:
             Of the target; bf16 and fp32 count as fp16.
         cost : CostTable, optional
             Costs of a step on this machine. λ, which should be the rate achieved, comes from the
-            record of an MLP trained on traces of this compression. For any other it is that of
+            record of an MLP trained on traces of this compression, at the nearest temperature. For
+            any other it is that of
             plain decoding, a lower bound: γ errs upwards where speculation pays, and a draft that
             its own predictions do not support is not used.
+        temperature : float
+            Of the requests, on average.
         rate : float, optional
             λ itself, tokens per millisecond.
 
@@ -113,6 +117,7 @@ class Policy:
         buffer[at.COMPRESSION] = COMPRESSION_INDEX[compression]
         buffer[at.CANDIDATES] = sum(1 << g for g in self.candidates)
         buffer[at.EMA_WEIGHT] = EMA_WEIGHT
+        buffer[at.TEMPERATURE] = temperature
         if self.mlp is not None:
             self.mlp.pack_into(buffer)
             buffer[at.MATCHES] = self.mlp.sees_matches
@@ -124,11 +129,12 @@ class Policy:
             buffer[at.COST_PER_TOKEN : at.COST_PER_TOKEN + at.WIDTH_MAX] = torch.tensor(
                 cost.step_ms_per_context_token
             )
-            buffer[at.RATE] = self._rate(compression, cost) if rate is None else rate
+            buffer[at.RATE] = self._rate(compression, cost, temperature) if rate is None else rate
         return buffer
 
-    def _rate(self, compression: str, cost: CostTable) -> float:
-        record = None if self.mlp is None else self.mlp.records.get(COMPRESSION_INDEX[compression])
+    def _rate(self, compression: str, cost: CostTable, temperature: float) -> float:
+        assert self.mlp is not None
+        record = self.mlp.record(COMPRESSION_INDEX[compression], temperature)
         return 1.0 / cost.step_ms[0] if record is None else record.rate(cost)
 
 

@@ -101,9 +101,11 @@ def _solved(
     models: Boosted, blank: Policy, held: Trace, compression: str, cost: CostTable
 ) -> Controller:
     """The controller of some models with its λ."""
+    temperature = held.mean_temperature
 
     def build(rate: float) -> Controller:
-        return PackedController(blank.pack(compression, cost, rate=rate), models.tokens)
+        packed = blank.pack(compression, cost, temperature=temperature, rate=rate)
+        return PackedController(packed, models.tokens)
 
     return build(solve_rate(build, held, cost, tolerance=5e-3)[0])
 

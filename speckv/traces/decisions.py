@@ -126,6 +126,7 @@ def decisions(trace: Trace, replayed: Replayed, *, ahead: int = 0) -> Decisions:
     row = trace.first[lane] + _places(lane, accepted)
     last, acceptance = _history(lane, gamma, accepted)
     signals = running_features(trace.rows.signals)
+    temperature = np.array([answer.temperature for answer in trace.answers])[lane]
     parts = []
     for drafted in range(GAMMA_MAX + 1):
         if drafted:
@@ -141,6 +142,7 @@ def decisions(trace: Trace, replayed: Replayed, *, ahead: int = 0) -> Decisions:
         features[:, at.FEATURE_DRAFTED] = drafted
         features[:, at.FEATURE_ACCEPTANCE] = acceptance[asked]
         features[:, at.FEATURE_MATCH] = trace.match[row[asked], drafted]
+        features[:, at.FEATURE_TEMPERATURE] = temperature[asked]
         parts.append((asked, features))
     asked = np.concatenate([each for each, _ in parts])
     features = np.concatenate([each for _, each in parts])

@@ -190,6 +190,7 @@ class _Values:
             block(at.COST, at.WIDTH_MAX),
             block(at.COST_PER_TOKEN, at.WIDTH_MAX),
         )
+        self._temperature = header[at.TEMPERATURE]
         self._one_hot = at.FEATURE_COMPRESSION + int(header[at.COMPRESSION])
         self._paper = int(header[at.MLP_LAYOUT]) == at.LAYOUT_PAPER
         self._expected = header[at.EXPECTED_ACCEPTANCE]
@@ -213,6 +214,7 @@ class _Values:
         features[:, self._one_hot] = 1.0
         features[:, at.FEATURE_ACCEPTANCE] = acceptance
         features[:, at.FEATURE_MATCH] = match
+        features[:, at.FEATURE_TEMPERATURE] = self._temperature
         tokens = self._tokens(features)
         if self._expected > 0:
             trust = np.minimum(acceptance / self._expected, 1.0).astype(np.float32)

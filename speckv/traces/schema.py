@@ -223,6 +223,11 @@ class Trace:
         """New tokens of each answer, int64."""
         return np.diff(self.first)
 
+    @property
+    def mean_temperature(self) -> float:
+        """Of the answers, as `Policy.pack` takes it."""
+        return sum(answer.temperature for answer in self.answers) / max(len(self.answers), 1)
+
     def where(self, keep: Callable[[Answer], bool]) -> Trace:
         """The answers that ``keep`` keeps; all of their rows."""
         kept = [i for i, answer in enumerate(self.answers) if keep(answer)]

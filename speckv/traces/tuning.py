@@ -166,7 +166,8 @@ def tune(name: str, train: Trace, compression: str, cost: CostTable) -> Tuned:
     family = FAMILIES.get(name)
     if family is None:
         policy = resolve(name, train)
-        return Tuned(PackedController(policy.pack(compression, cost)), {}, {})
+        packed = policy.pack(compression, cost, temperature=train.mean_temperature)
+        return Tuned(PackedController(packed), {}, {})
     settings = _best(family, train, cost)
     controller = family.build(settings, train, cost)
     if isinstance(controller, OnlineLogistic):

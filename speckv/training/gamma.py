@@ -287,9 +287,13 @@ def reach(policy: Policy, cell: Cell) -> tuple[float, Replayed]:
     """`solve_rate` of a policy of the rate objective."""
 
     def build(rate: float) -> Controller:
-        return PackedController(policy.pack(cell.compression, cell.cost, rate=rate))
+        return PackedController(_packed(policy, cell, rate))
 
     return solve_rate(build, cell.trace, cell.cost)
+
+
+def _packed(policy: Policy, cell: Cell, rate: float) -> Tensor:
+    return policy.pack(cell.compression, cell.cost, temperature=cell.temperature, rate=rate)
 
 
 def best_static(cell: Cell) -> int:
@@ -327,20 +331,20 @@ def _gains(
     policy = mlp_policy("trained", mlp)
     gains = []
     for cell, other, gamma in zip(train, held, static, strict=True):
-        packed = policy.pack(cell.compression, cell.cost, rate=reach(policy, cell)[0])
+        packed = _packed(policy, cell, reach(policy, cell)[0])
         own = replay(other.trace, PackedController(packed), other.cost)
         base = replay(other.trace, Static({}, gamma), other.cost)
         gains.append(own.tokens_per_second / base.tokens_per_second)
     return gains
 
 
-def _records(mlp: Mlp, cells: Sequence[Cell]) -> dict[int, Record]:
-    """Of each compression; greedy answers stand for it where there are some."""
+def _records(mlp: Mlp, cells: Sequence[Cell]) -> dict[tuple[int, float], Record]:
+    """Of each compression and temperature."""
     policy = mlp_policy("trained", mlp)
-    records: dict[int, Record] = {}
-    for cell in sorted(cells, key=lambda c: c.temperature):
-        place = COMPRESSION_INDEX[cell.compression]
-        if place in records:
+    records: dict[tuple[int, float], Record] = {}
+    for cell in cells:
+        place = COMPRESSION_INDEX[cell.compression], cell.temperature
+        if place in records:  # of a weight format that counts as another
             continue
         trace = cell.trace
         accepted = trace.rows.accepted[trace.rows.drafted > 0]

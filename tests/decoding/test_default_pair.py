@@ -25,4 +25,4 @@ def test_the_default_draft_and_its_policy() -> None:
     assert draft is not None and id_map is not None and draft.vocab_size == len(id_map)
     policy = Mlp.load(folder / SHIPPED)
     assert policy.card["pair"] == pair_key(identify(target), identify(draft))
-    assert policy.layout == LAYOUT_SURVIVAL and 0 in policy.records
+    assert policy.layout == LAYOUT_SURVIVAL and (0, 0.0) in policy.records

@@ -81,7 +81,7 @@ def mlp_policy(generator: torch.Generator, layout: int, objective: int) -> Tenso
     policy[at.MODE], policy[at.MLP_LAYOUT], policy[at.OBJECTIVE] = at.MODE_MLP, layout, objective
     policy[at.GAMMA_CAP], policy[at.RATE], policy[at.PROBE_EVERY] = at.GAMMA_MAX, 0.3, 3
     policy[at.CANDIDATES], policy[at.EMA_WEIGHT] = 0xFFFF, 0.2
-    policy[at.MATCHES] = 1.0
+    policy[at.MATCHES], policy[at.TEMPERATURE] = 1.0, 0.7
     return policy
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from speckv.errors import PolicyError
 from speckv.kernels import layout as at
 from speckv.kernels import reference
 from speckv.policies import CostTable, Mlp, parse_policy
-from speckv.policies.mlp import FORMAT, VERSION
+from speckv.policies.mlp import FORMAT, VERSION, Record
+from speckv.policies.policy import mlp_policy, shipped_mlp
 
 COST = CostTable.from_parts(0.5, [2.0 + 0.1 * width for width in range(16)], 0.25, 0.001, 0.002)
 
@@ -148,7 +150,7 @@ def rewrite(path: Path, **changes: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": "99"}, "expected version 1, got 99; train it again"),
+        ({"version": "99"}, "expected version 2, got 99; train it again"),
         ({"format": "something"}, "expected the format 'speckv-policy'"),
         ({}, "corrupt, its checksum does not match"),
     ],
@@ -193,3 +195,22 @@ def test_speckv_does_not_trust_signals_that_the_record_belies() -> None:
     assert decision(packed, acceptance=0.01) == 0
     paper = parse_policy("paper").pack("fp16")
     assert decision(paper, acceptance=0.01) == decision(paper, acceptance=0.9) == 8
+
+
+def test_lambda_is_that_of_the_nearest_temperature() -> None:
+    mlp = shipped_mlp("paper")
+    curve = tuple(0.5**k for k in range(1, at.WIDTH_MAX))
+    records = {
+        (place, temperature): Record(curve, 100.0, 1.0 + temperature + 10 * place)
+        for place in (0, 2)
+        for temperature in (0.0, 0.7, 1.0)
+    }
+    policy = mlp_policy("trained", replace(mlp, records=records), rate=True)
+    for asked, found in ((0.0, 0.0), (0.3, 0.0), (0.35, 0.0), (0.4, 0.7), (0.9, 1.0), (2.0, 1.0)):
+        for compression, place in (("bf16", 0), ("nf4", 2)):
+            packed = policy.pack(compression, COST, temperature=asked)
+            expected = records[place, found].rate(COST)
+            assert float(packed[at.RATE]) == pytest.approx(expected)
+            assert float(packed[at.TEMPERATURE]) == pytest.approx(asked)
+    plain = 1 / COST.step_ms[0]
+    assert float(policy.pack("int8", COST)[at.RATE]) == pytest.approx(plain)  # of no record

@@ -184,6 +184,7 @@ def decide(policy: Tensor, rows: Tensor, running: Tensor) -> Tensor:
     features[:, at.FEATURE_DRAFTED] = drafted.float()
     features[:, at.FEATURE_COMPRESSION + int(policy[at.COMPRESSION])] = 1.0
     features[:, at.FEATURE_ACCEPTANCE] = running[:, at.ACCEPTANCE]
+    features[:, at.FEATURE_TEMPERATURE] = policy[at.TEMPERATURE]
 
     def words(start: int, size: int) -> Tensor:
         return policy[start : start + size]

@@ -50,7 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def without_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "calibrated", lambda target, draft: COST)
+    monkeypatch.setattr(profiling, "calibrated", lambda *pair, graphs: COST)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recording that nothing disturbed."""
     out = tmp_path_factory.mktemp("whole") / "trace.parquet"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profiling, "calibrated", lambda target, draft: COST)
+        patch.setattr(profiling, "calibrated", lambda *pair, graphs: COST)
         profile(str(folder), "first:2", out, PROMPTS, RECIPE, Quiet(), device="cpu")
     return out
 
@@ -133,7 +133,7 @@ import sys
 from speckv.traces import profile as profiling
 from tests.traces.synthetic import COST
 from tests.traces.test_profile import PROMPTS, RECIPE, Quiet
-profiling.calibrated = lambda target, draft: COST
+profiling.calibrated = lambda *pair, graphs: COST
 profiling._TOGETHER = 1
 from pathlib import Path
 profiling.profile(sys.argv[1], "first:2", Path(sys.argv[2]), PROMPTS, RECIPE, Quiet(), device="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ COST = CostTable.from_parts(0.05, [1.0 + 0.02 * w for w in range(16)], 0.01, 1e-
 
 @pytest.mark.model
 def test_live_steps_are_the_replayed_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "calibrated", lambda target, draft: COST)
+    monkeypatch.setattr(profiling, "calibrated", lambda *pair, graphs: COST)
     out, prompts = tmp_path / "trace.parquet", evaluation_prompts(1)[:3]
     recipe = ProfileRecipe(("fp32",), (0.0, 0.7), max_new_tokens=10, seed=4)
     profile(None, "first:4", out, prompts, recipe, Quiet(), device="cpu")
@@ -30,10 +31,12 @@ def test_live_steps_are_the_replayed_ones(tmp_path: Path, monkeypatch: pytest.Mo
     engine = Engine.from_pretrained(None, "first:4", compression="fp32", device="cpu")
     engine._cost = COST
     drafted = 0
-    for policy in ("fixed:2", "entropy:5", "speckv"):
-        packed = parse_policy(policy).pack("fp32", COST)
+    for policy, temperature in product(("fixed:2", "entropy:5", "speckv"), (0.0, 0.7)):
+        packed = parse_policy(policy).pack("fp32", COST, temperature=temperature)
         found = replay(trace, PackedController(packed), COST)
         for i, answer in enumerate(trace.answers):
+            if answer.temperature != temperature:
+                continue
             params = SamplingParams(
                 max_new_tokens=10, temperature=answer.temperature, seed=answer.seed
             )

@@ -54,7 +54,7 @@ def test_the_policy_of_a_pair_is_found_by_its_models(
     policy = trained_policy(target, draft)
     assert policy is not None and policy.trained and policy.name == "speckv"
     assert trained_policy(target, {"name": "another", "fingerprint": None}) is None
-    assert policy.mlp is not None and set(policy.mlp.records) == {0, 1}
+    assert policy.mlp is not None and set(policy.mlp.records) == {(0, 0.0), (1, 0.0)}
     own.write_bytes(own.read_bytes()[:-8])
     with pytest.raises(PolicyError, match="not a safetensors file"):
         trained_policy(target, draft)
@@ -95,7 +95,7 @@ def test_one_compression_alone(path: Path, tmp_path: Path) -> None:
     arguments = ["--compression", "int8", "--out", str(out), *FEW]
     assert cli.run(["train", str(path), *arguments]) == 0
     found = Mlp.load(out)
-    assert set(found.records) == {1} and list(found.card["validation"]["over_static"]) == [
+    assert set(found.records) == {(1, 0.0)} and list(found.card["validation"]["over_static"]) == [
         "int8 at 0"
     ]
     assert parse_policy(f"file:{out}").mlp is not None
