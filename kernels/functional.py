@@ -13,6 +13,7 @@ checkpoints; RMSNorm is Zhang and Sennrich (2019); SwiGLU is Shazeer (2020).
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -81,7 +82,8 @@ def rope_table(inv_freq: Tensor, scale: float, positions: int, dtype: torch.dtyp
     positions : int
         Number of positions.
     dtype : torch.dtype
-        Type of the result; the angles are computed in fp32 first.
+        Type of the result. Angles are fp32, as in transformers; their cosines and sines are fp64
+        rounded once, by NumPy: torch's, in fp32, were seen to differ from process to process.
 
     Returns
     -------
@@ -89,11 +91,11 @@ def rope_table(inv_freq: Tensor, scale: float, positions: int, dtype: torch.dtyp
         ``[:, 0]`` is ``cos(angle)`` twice, ``[:, 1]`` is ``(-sin(angle), sin(angle))``: the sign
         lets :func:`rope` use a plain rotation of the head by half its width.
     """
-    place = torch.arange(positions, dtype=torch.float32, device=inv_freq.device)
-    angle = place[:, None] * inv_freq[None, :].float()
-    cos, sin = angle.cos() * scale, angle.sin() * scale
+    place = np.arange(positions, dtype=np.float32)
+    angle = (place[:, None] * inv_freq.float().cpu().numpy()[None, :]).astype(np.float64)
+    cos, sin = (torch.from_numpy(of(angle).astype(np.float32)) * scale for of in (np.cos, np.sin))
     table = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1)
-    return table.to(dtype)
+    return table.to(inv_freq.device, dtype)
 
 
 def rope_rows(table: Tensor, positions: Tensor, rotated: int, heads: int) -> tuple[Tensor, Tensor]:

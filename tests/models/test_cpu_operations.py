@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -168,3 +169,17 @@ def test_append_kv_writes_the_given_rows_only() -> None:
     functional.append_kv(cache, kv, slots, positions)
     assert torch.equal(cache[2, 1:3], kv[0]) and torch.equal(cache[0, 6:8], kv[1])
     assert cache.count_nonzero() == kv.numel()
+
+
+def test_the_rotary_table_is_the_rounded_truth() -> None:
+    """Of fp32 angles, as transformers has them; alike in every process and at every length."""
+    inv_freq = 10000.0 ** -(torch.arange(0, 64, 2).float() / 64)
+    table = functional.rope_table(inv_freq, 1.0, 600, torch.float32)
+    for position in (0, 1, 47, 599):
+        for i in (0, 1, 20, 31):
+            angle = float(torch.tensor(position, dtype=torch.float32) * inv_freq[i])
+            cos, sin = np.float32(math.cos(angle)), np.float32(math.sin(angle))
+            assert float(table[position, 0, i]) == float(table[position, 0, i + 32]) == cos
+            assert float(table[position, 1, i]) == -sin and float(table[position, 1, i + 32]) == sin
+    longer = functional.rope_table(inv_freq, 1.0, 2048, torch.float32)
+    assert torch.equal(longer[:600], table)
