@@ -37,6 +37,10 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _GUMBEL_SPREAD = 26.1
 """More than the largest Gumbel draw (22.9) minus the smallest (-3.2); 32-bit draws bound both."""
 
+# MKL picks its exp and log at their first call; threads that meet there picked different ones in
+# one process of forty, and the last bits with them. One element, on one thread, picks first.
+torch.ones(1).exp_().log_()
+
 
 def philox(
     seed: int, c0: Tensor, c1: int | Tensor, c2: int | Tensor, c3: int | Tensor
