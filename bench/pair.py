@@ -6,7 +6,8 @@ Every prompt runs once under each policy and plainly, in an order that rotates f
 prompt, after a warm-up of all. Token ids must be those of plain decoding, or no number is printed.
 A figure is the median over prompts of the ratio of tokens per second (the whole call, prefill
 included), with a bootstrap interval over prompts. Policies are to be chosen on other prompts than
-those reported: ``--skip`` leaves out the first of each task.
+those reported: ``--skip`` leaves out the first of each task, and ``--held-out`` those that the
+pair's trained policy has learned from.
 """
 
 from __future__ import annotations
@@ -70,6 +71,14 @@ def measure(
     }
 
 
+def _learned_from(engine: Engine) -> set[int]:
+    """Places, among the built-in prompts, of those that the pair's policy was trained on."""
+    policy = engine._trained
+    if policy is None or policy.mlp is None:
+        raise ValueError("--held-out: expected a pair with a trained policy, got none")
+    return {place for part in policy.mlp.card["prompts"].values() for place in part}
+
+
 def _row(result: Result, seconds: float) -> dict[str, Any]:
     stats = result.stats
     return {
@@ -116,9 +125,16 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0, help="prompts of each task to leave out")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument(
+        "--held-out", action="store_true", help="only prompts that the policy has not learned from"
+    )
     arguments = parser.parse_args()
-    prompts = evaluation_prompts(arguments.per_task, skip=arguments.skip)
     engine = Engine.from_pretrained(draft=arguments.draft, compression=arguments.dtype)
+    prompts = evaluation_prompts(arguments.per_task, skip=arguments.skip)
+    if arguments.held_out:
+        known = _learned_from(engine)
+        every = [prompt for i, prompt in enumerate(evaluation_prompts()) if i not in known]
+        prompts = [prompt for prompt in every if prompt in prompts]
     document = measure(engine, arguments.policies.split(","), prompts, arguments.tokens)
     for name, parts in document["policies"].items():
         for part, row in parts.items():

@@ -20,16 +20,31 @@ from bench.gpu import PARTS, failed
 from speckv.files import write_atomically
 
 HISTORY = ROOT / "bench" / "history"
+REPORT = ROOT / "bench" / "traces" / "report" / "report.json"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results: python -m bench.readme -->\n", "<!-- end of results -->\n"
 _GPU_PARTS = tuple(part for part in PARTS if part != "tests")
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
-"""Documents by benchmark; a GPU run's is ``gpu``."""
+"""Documents by benchmark; a GPU run's is ``gpu``, that of ``speckv report`` is ``report``."""
+
+_BASELINES = (
+    "static",
+    "static-by-task",
+    "hf-confidence",
+    "hf-heuristic",
+    "adaedl",
+    "svip",
+    "online-logistic",
+    "paper",
+)
+_CEILING, _ORACLE = "boosted", "oracle"
 
 
-def read_results(folder: Path = HISTORY) -> dict[str, list[dict[str, Any]]]:
-    """The documents of a folder, by benchmark, those of a file name's order."""
+def read_results(
+    folder: Path = HISTORY, report: Path | None = REPORT
+) -> dict[str, list[dict[str, Any]]]:
+    """The documents of a folder, by benchmark, those of a file name's order; and the report."""
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -38,12 +53,16 @@ def read_results(folder: Path = HISTORY) -> dict[str, list[dict[str, Any]]]:
             kind = "gpu"
         if kind is not None:
             found.setdefault(kind, []).append({**document, "file": path.name})
+    if report is not None and report.is_file():
+        document = json.loads(report.read_text(encoding="utf-8"))
+        found["report"] = [{**document, "file": report.relative_to(ROOT).as_posix()}]
     return found
 
 
 def section(results: Results) -> str:
     """The section's text, without its heading."""
-    blocks = [*_plain(results), *_pair(results), *_assisted(results), *_gpu(results)]
+    parts = (_plain, _pair, _assisted, _report, _specialists, _replay, _gpu)
+    blocks = [block for part in parts for block in part(results)]
     return "\n".join(blocks)
 
 
@@ -122,6 +141,86 @@ def _assisted(results: Results) -> Iterator[str]:
         )
         if row.get("command"):
             yield f"    {row['command']}\n"
+
+
+def _report(results: Results) -> Iterator[str]:
+    for document in results.get("report", ()):
+        trace, pooled = document["trace"], document["pooled"]
+        count = len(document["cells"]) // len(pooled)
+        yield _paragraph(
+            f"The policy in replay, on the pair's trace ({trace['positions']:,} positions; "
+            f"{pooled[0]['prompts']} prompts that neither it nor a baseline was tuned on, "
+            f"{count} compressions together), tokens per second with 95% intervals over prompts "
+            f"(`{document['file']}`, and `report.html` beside it; `speckv report --tries`):"
+        )
+        head = "".join(f" temperature {cell['temperature']:g} |" for cell in pooled)
+        lines = [f"| `speckv` over |{head}", "| --- |" + " --- |" * len(pooled)]
+        tables = [{row["policy"]: row for row in cell["rows"]} for cell in pooled]
+        for name in (*_BASELINES, _CEILING):
+            if all(name in rows for rows in tables):
+                cells = "".join(f" {_gain(rows[name])} |" for rows in tables)
+                lines.append(f"| {_policy_name(name)} |{cells}")
+        gaps = "".join(
+            f" {rows[_ORACLE]['over_static'] - 1:+.1%}; {rows['speckv']['gap_closed']:.0%} |"
+            for rows in tables
+        )
+        lines.append(f"| the oracle over the best fixed γ; share of that reached |{gaps}")
+        yield "\n".join(lines) + "\n"
+
+
+def _gain(row: Mapping[str, Any]) -> str:
+    low, high = row["ours_over_it_95"]
+    return f"{row['ours_over_it'] - 1:+.1%} ({low - 1:+.1%} to {high - 1:+.1%})"
+
+
+def _policy_name(name: str) -> str:
+    known = {
+        "static": "the best fixed γ of each compression",
+        "static-by-task": "the best fixed γ of each task",
+        _CEILING: "boosted trees on the same features",
+    }
+    return known.get(name, f"`{name}`")
+
+
+def _specialists(results: Results) -> Iterator[str]:
+    for document in results.get("specialists", ()):
+        gains = []
+        for row in document["pooled"]:
+            low, high = row["one_over_own_95"]
+            gains.append(
+                f"{row['one_over_own'] - 1:+.1%} ({low - 1:+.1%} to {high - 1:+.1%}) at "
+                f"temperature {row['temperature']:g}"
+            )
+        yield _paragraph(
+            "One policy for all compressions, beside one trained for each: "
+            f"{', '.join(gains)} (`bench/history/{document['file']}`, "
+            "`python -m bench.specialists`)."
+        )
+
+
+def _replay(results: Results) -> Iterator[str]:
+    rows = results.get("replay", ())
+    if not rows:
+        return
+    yield _paragraph(
+        "Replay beside live decoding of the same answers, to prompts that the policy was not "
+        "trained on; tokens and steps were equal, one by one, and tokens per second are of the "
+        f"steps ({_machine(rows[0])}, {_files(rows)}):"
+    )
+    lines = [
+        "| | policy | replayed | live | live over plain |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        plain = row["policies"]["fixed:0"]["live_tokens_per_second"]
+        for name, found in row["policies"].items():
+            live = found["live_tokens_per_second"]
+            lines.append(
+                f"| {row['compression']} at {row['temperature']:g} | `{name}` | "
+                f"{found['replayed_tokens_per_second']:.1f} | {live:.1f} | {live / plain:.2f}x |"
+            )
+    yield "\n".join(lines) + "\n"
+    yield f"    {rows[0]['command']}\n"
 
 
 def _gpu(results: Results) -> Iterator[str]:

@@ -12,13 +12,15 @@ the replay's are. Costs are the trace's, or measured anew.
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.environment import environment, write_json
+from bench.environment import command, environment, write_json
 from speckv import Engine, Result, SamplingParams
 from speckv.decoding.calibrate import measure as measure_costs
 from speckv.policies import CostTable
@@ -67,6 +69,10 @@ def measure(
     return {
         "benchmark": "replay",
         "engine": engine.describe(),
+        "command": command(),
+        "compression": engine.target.compression,
+        "temperature": trace.mean_temperature,
+        "cost": asdict(cost),
         "answers": len(trace.answers),
         "tokens": int(replayed[PLAIN].tokens.sum()),
         "policies": {name: _row(replayed[name], seconds[name]) for name in names},
@@ -86,6 +92,17 @@ def check(trace: Trace, index: int, name: str, result: Result, replayed: Replaye
         raise RuntimeError(f"{name}: the tokens of answer {index} are not the trace's")
     if result.stats.steps != replayed.steps_of(index):
         raise RuntimeError(f"{name}: the steps of answer {index} are not the replay's")
+
+
+def _some(trace: Trace, count: int) -> Trace:
+    """So many answers, of each task as many as of any other where there are."""
+    seen: Counter[str] = Counter()
+    places = []
+    for answer in trace.answers:
+        places.append((seen[answer.task], answer))
+        seen[answer.task] += 1
+    kept = {answer for _, answer in sorted(places, key=lambda pair: pair[0])[:count]}
+    return trace.where(lambda a: a in kept)
 
 
 def _params(answer: Answer) -> SamplingParams:
@@ -112,17 +129,22 @@ def main() -> None:
     parser.add_argument("--compression", default="fp32")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--policies", default="fixed:3,speckv", help="separated by commas")
-    parser.add_argument("--answers", type=int, default=20, help="so many of the held-out prompts")
+    parser.add_argument(
+        "--answers",
+        type=int,
+        default=20,
+        help="so many of the held-out prompts, spread over the tasks",
+    )
     parser.add_argument("--measure", action="store_true", help="measure costs anew")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     kind = (arguments.compression, arguments.temperature)
     trace = read_trace(arguments.trace)
-    chosen = [a for a in trace.answers if (a.compression, a.temperature) == kind]
     known = split_prompts(trace, _TRAIN_SHARE, _SPLIT_SEED)
-    held_out = [a for a in chosen if a.prompt_id not in known]
-    kept = set(held_out[: arguments.answers])
-    trace = trace.where(lambda a: a in kept)
+    held_out = trace.where(
+        lambda a: (a.compression, a.temperature) == kind and a.prompt_id not in known
+    )
+    trace = _some(held_out, arguments.answers)
     engine = Engine.from_pretrained(
         arguments.target, arguments.draft, compression=arguments.compression
     )

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 from ._cli_output import progress_bar, stderr_console, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from rich.console import Console
     from rich.table import Table
 
     from .policies import CostTable
-    from .traces.compare import Cell, Row
+    from .traces.compare import Cell, Comparison, Row
     from .traces.report import Study
     from .traces.schema import Trace
 
@@ -64,7 +64,7 @@ def replay_all(
     tables = trace.info.costs if costs is None else read_costs(costs)
     count = len({(a.compression, a.temperature) for a in trace.answers})
     with progress_bar(stderr_console(), "replaying", count * len(names)) as advance:
-        cells = compare(
+        found = compare(
             trace,
             tables,
             names,
@@ -72,7 +72,7 @@ def replay_all(
             seed=seed,
             advance=lambda: advance(1),
         )
-    return Study(trace, tables, cells, split_prompts(trace, train_share, seed))
+    return Study(trace, tables, found, split_prompts(trace, train_share, seed))
 
 
 def try_all(study: Study) -> Study:
@@ -82,8 +82,8 @@ def try_all(study: Study) -> Study:
     from .traces.tries import tries
 
     tried = {}
-    with progress_bar(stderr_console(), "trying", len(study.cells)) as advance:
-        for cell in study.cells:
+    with progress_bar(stderr_console(), "trying", len(study.found.cells)) as advance:
+        for cell in study.found.cells:
             key = cell.compression, cell.temperature
             own = study.trace.where(lambda a, key=key: (a.compression, a.temperature) == key)  # type: ignore[misc]
             train = own.where(lambda a: a.prompt_id in study.training)
@@ -110,24 +110,26 @@ def show_costs(console: Console, compression: str, cost: CostTable) -> None:
     console.print(table)
 
 
-def show(console: Console, trace: Trace, cells: Sequence[Cell]) -> None:
-    """Print what was replayed, and a table for each compression and temperature."""
+def show(console: Console, trace: Trace, found: Comparison) -> None:
+    """Print what was replayed, and tables for each cell and for all compressions."""
     info = trace.info
     console.print(
         f"target {info.target['name']}, draft {info.draft['name']}, on {info.device}: "
         f"{len(trace.answers)} answers, {len(trace.rows):,} positions",
         markup=False,
     )
-    for cell in cells:
+    for cell in (*found.cells, *found.pooled):
         _show_cell(console, cell)
 
 
 def _show_cell(console: Console, cell: Cell) -> None:
     from rich.text import Text
 
+    from .traces.report import title_of
+
     console.print()
     console.print(
-        f"{cell.compression}, temperature {cell.temperature:g}: judged on {cell.prompts} prompts, "
+        f"{title_of(cell)}, temperature {cell.temperature:g}: judged on {cell.prompts} prompts, "
         f"{cell.tokens:,} tokens",
         style="bold",
         markup=False,
@@ -146,11 +148,18 @@ def _show_cell(console: Console, cell: Cell) -> None:
         )
     console.print(figures)
     tasks = list(cell.rows[0].tasks)
-    by_task = _table(*tasks, "regret")
+    by_task = _table(*tasks, "regret", "speckv x it", "95%")
     for row in cell.rows:
         ratios = (f"{row.tasks[task]['over_static']:.3f}" for task in tasks)
-        by_task.add_row(Text(row.policy), *ratios, f"{row.regret:.1%}")
-    console.print("x static by task", style="dim")
+        unknown = math.isnan(row.ours_over_it)
+        by_task.add_row(
+            Text(row.policy),
+            *ratios,
+            f"{row.regret:.1%}",
+            "-" if unknown else f"{row.ours_over_it:.3f}",
+            "-" if unknown else "{:.3f}-{:.3f}".format(*row.ours_over_it_95),
+        )
+    console.print("x static by task; speckv beside each", style="dim")
     console.print(by_task)
     for row in cell.rows:
         if row.settings:

@@ -136,12 +136,12 @@ def replay(
     from .traces.steps import write_steps
 
     study = replay_all(trace, policies, costs, train_share=train_share, seed=seed)
-    show(Console(highlight=False), study.trace, study.cells)
+    show(Console(highlight=False), study.trace, study.found)
     if steps is not None:
         write_steps(steps.expanduser(), study.trace)
     if json is not None:
         document = to_dict(
-            study.trace, study.costs, study.cells, train_share=train_share, seed=seed
+            study.trace, study.costs, study.found, train_share=train_share, seed=seed
         )
         write_json(json.expanduser(), document)
 
@@ -267,7 +267,7 @@ def report(
         study = try_all(study)
     folder = (out or trace.with_name(f"{trace.name}.report")).expanduser()
     path = write_report(study, folder)
-    document = to_dict(study.trace, study.costs, study.cells, train_share=train_share, seed=seed)
+    document = to_dict(study.trace, study.costs, study.found, train_share=train_share, seed=seed)
     write_json(folder / "report.json", document | {"tries": tries_to_list(study)})
     stderr_console().print(f"wrote {path}", markup=False)
 

@@ -13,14 +13,15 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ..files import write_atomically
 from ..kernels import layout as at
 from ..kernels.layout import GAMMA_MAX, WIDTH_MAX, StepState
 from ..machine import device_name
 from ..models.base import CausalModel
-from ..models.cache import KVCache
 from ..models.hub import cache_root
 from ..models.progress import SlowProgress
 from ..policies import CostTable, parse_policy
@@ -29,11 +30,10 @@ from .graphed import capture, synchronize
 from .lookup import Lookup, Lookups, draft_matches
 from .prepared import prepared
 
-_VERSION = 3
-_WIDTHS = (1, 2, 3, 5, 9, 16)
-_DRAFT_WIDTHS = (1, 2)
+_VERSION = 4
+_GAMMAS = (0, 1, 2, 4, 8, 15)
 _CONTEXTS = (64, 1024)
-_REPEATS = 5
+_REPEATS = 7
 _REPLAYS = 10  # of a graph, for one time
 
 
@@ -59,69 +59,120 @@ def calibrated(
 
 @torch.inference_mode()
 def measure(target: CausalModel, draft: CausalModel | None, *, graphs: bool = False) -> CostTable:
-    """Time forwards of both models, `draft_step` and `verify`, and fit `CostTable`.
+    """Time whole steps at some γ, in the order of the loop, and fit `CostTable`.
 
-    Without a draft model a draft token costs what a lookup takes. With ``graphs`` all is captured
-    first, and its replays are timed.
+    A part alone would find its own weights in the processor's caches, where in a step the other
+    model's were last. Without a draft model a draft token costs what a lookup takes. With
+    ``graphs`` steps are captured first, and their replays are timed.
 
-    Medians, linear between widths. Context slopes come from two lengths; where noise makes one
-    negative it is zero. The draft's first forward of a step is priced at the two rows that it has
-    after a full acceptance.
+    Medians, the γ taking turns, linear between them. Context slopes, linear in γ, come from two
+    lengths; where noise makes one negative it is zero. The draft's first forward of a step is
+    priced at the two rows that it has after a full acceptance.
     """
     models = [target] if draft is None else [target, draft]
     longest = min(model.max_positions for model in models) - WIDTH_MAX
     contexts = [context for context in _CONTEXTS if context <= longest] or [1]
-    count = len(contexts) * (len(_WIDTHS) + (0 if draft is None else len(_DRAFT_WIDTHS)))
-    with SlowProgress("Measuring costs", count) as progress:
-
-        def forward_ms(model: CausalModel, cache: KVCache, width: int, context: int) -> float:
-            progress.advance()
-            return _forward_ms(model, cache, width, context, graphs)
-
-        def forwards_ms(model: CausalModel, widths: tuple[int, ...]) -> list[list[float]]:
-            cache = model.new_cache(1, contexts[-1] + WIDTH_MAX)
-            return [[forward_ms(model, cache, w, c) for w in widths] for c in contexts]
-
-        verify = forwards_ms(target, _WIDTHS)
-        drafted = [[0.0] * len(_DRAFT_WIDTHS) for _ in contexts]
-        if draft is not None:
-            drafted = forwards_ms(draft, _DRAFT_WIDTHS)
-    choice_ms = _lookup_ms(target) if draft is None else _choice_ms(draft, target.device, graphs)
-    commit_ms = _commit_ms(target, graphs)
-    span = max(contexts[-1] - contexts[0], 1)
-    slopes = [(far - near) / span for near, far in zip(verify[0], verify[-1], strict=True)]
-    verify_slope = max(median(slopes), 0.0)
-    draft_slope = max((drafted[-1][0] - drafted[0][0]) / span, 0.0)
-    widths = _interpolate(_WIDTHS, verify[0])
-    return CostTable.from_parts(
-        draft_ms=max(drafted[0][0] - draft_slope * contexts[0], 0.0) + choice_ms,
-        verify_ms=[max(ms - verify_slope * contexts[0], 1e-3) + commit_ms for ms in widths],
-        catch_up_ms=max(drafted[0][1] - drafted[0][0], 0.0),
-        draft_ms_per_context_token=draft_slope,
-        verify_ms_per_context_token=verify_slope,
+    steps = _Steps(target, draft, contexts[-1] + WIDTH_MAX)
+    with SlowProgress("Measuring costs", len(contexts) * (_REPEATS + 1)) as progress:
+        near, *others = [
+            _medians_ms(
+                [_timed(steps.of(gamma, context), target.device, graphs) for gamma in _GAMMAS],
+                progress.advance,
+            )
+            for context in contexts
+        ]
+    far, span = others[-1] if others else near, max(contexts[-1] - contexts[0], 1)
+    slope = _slopes([(f - n) / span for n, f in zip(near, far, strict=True)])
+    lookup_ms = _lookup_ms(target) if draft is None else 0.0
+    at_zero = _interpolate(
+        _GAMMAS,
+        [
+            max(ms - slope[gamma] * contexts[0], 1e-3) + lookup_ms * gamma
+            for gamma, ms in zip(_GAMMAS, near, strict=True)
+        ],
     )
+    return CostTable(tuple(at_zero), tuple(slope))
 
 
-def _forward_ms(
-    model: CausalModel, cache: KVCache, width: int, context: int, graphs: bool
-) -> float:
-    """Milliseconds of a forward of ``width`` tokens after ``context`` others."""
-    device = model.device
-    tokens = torch.zeros(1, width, dtype=torch.int32, device=device)
-    if not graphs:
-        return _median_ms(lambda: model.forward(tokens, [context], cache), device)
-    slots = torch.zeros(1, dtype=torch.int64, device=device)
-    positions = torch.arange(context, context + width, device=device)[None]
-    return _replay_ms(lambda: model.forward(tokens, positions, cache, slots=slots), device)
+class _Steps:
+    """Steps of one greedy row, each a call without arguments, on caches of their own."""
+
+    def __init__(self, target: CausalModel, draft: CausalModel | None, capacity: int) -> None:
+        self.target, self.draft, device = target, draft, target.device
+        self.caches = {id(m): m.new_cache(1, capacity) for m in (target, draft) if m is not None}
+        self.state, self.policy = StepState.allocate(1, 64, device), _deciding_policy(device)
+        self.operations = prepared(operations(device))
+        self.eos = torch.full((1, 1), -1, dtype=torch.int32, device=device)
+        _begin_step(self.state, [0])
+        self.rows = self.state.rows.clone()
+
+    def of(self, gamma: int, context: int) -> Callable[[], None]:
+        """A step that drafts and verifies ``gamma`` tokens after ``context`` others."""
+        drafts: list[Callable[[], Tensor]] = []
+        if self.draft is not None:
+            places = [(2, context - 1), *((1, context + i) for i in range(1, gamma))]
+            drafts = [self._forward(self.draft, *place) for place in places[:gamma]]
+        verify = self._forward(self.target, gamma + 1, context)
+
+        def step() -> None:
+            self.state.rows.copy_(self.rows)
+            for forward in drafts:
+                logits = forward()[:, -1]
+                self.state.rows[0, at.STOP] = 0
+                self.operations.draft_step(logits, self.state, self.policy)
+            self.operations.verify(verify(), self.state, self.policy, eos=self.eos)
+
+        return step
+
+    def _forward(self, model: CausalModel, width: int, start: int) -> Callable[[], Tensor]:
+        """A forward of ``width`` tokens after ``start`` others."""
+        device, cache = model.device, self.caches[id(model)]
+        tokens = torch.zeros(1, width, dtype=torch.int32, device=device)
+        if device.type != "cuda":
+            return lambda: model.forward(tokens, [start], cache)
+        slots = torch.zeros(1, dtype=torch.int64, device=device)
+        positions = torch.arange(start, start + width, device=device)[None]
+        return lambda: model.forward(tokens, positions, cache, slots=slots)
 
 
-def _choice_ms(draft: CausalModel, device: torch.device, graphs: bool) -> float:
-    """Milliseconds of `draft_step` on one greedy row."""
-    operations_of = prepared(operations(device))
-    state, policy = StepState.allocate(1, 64, device), _deciding_policy(device)
-    logits = torch.randn(1, draft.vocab_size, device=device).to(draft.dtype)
+def _timed(call: Callable[[], object], device: torch.device, graphs: bool) -> Callable[[], float]:
+    """What times one call in milliseconds; with ``graphs``, its replay among others of the same."""
+    count, run = 1, call
+    if graphs:
+        for _ in range(2):  # compiled, and what is allocated once
+            call()
+        synchronize(device)
+        graph, _ = capture(call, None)
+        count, run = _REPLAYS, graph.replay
 
-    return _step_ms(lambda: operations_of.draft_step(logits, state, policy), state, graphs)
+    def time() -> float:
+        start = perf_counter()
+        for _ in range(count):
+            run()
+        if device.type == "cuda":
+            synchronize(device)
+        return (perf_counter() - start) * 1e3 / count
+
+    return time
+
+
+def _medians_ms(
+    timed: list[Callable[[], float]], advance: Callable[[], None] = lambda: None
+) -> list[float]:
+    """The median of each, taking turns, after one that does not count."""
+    times: list[list[float]] = []
+    for _ in range(_REPEATS + 1):
+        times.append([time() for time in timed])
+        advance()
+    return [median(each) for each in zip(*times[1:], strict=True)]
+
+
+def _slopes(measured: list[float]) -> list[float]:
+    """Milliseconds a context token at γ 0..15: the line through those of ``_GAMMAS``."""
+    rise, base = np.polyfit(_GAMMAS, measured, 1)
+    if rise < 0 or base < 0:
+        rise, base = 0.0, max(median(measured), 0.0)
+    return [float(base + rise * gamma) for gamma in range(WIDTH_MAX)]
 
 
 def _lookup_ms(target: CausalModel) -> float:
@@ -135,38 +186,8 @@ def _lookup_ms(target: CausalModel) -> float:
         lookups.extend(0, text[:8])
         draft_matches(lookups.find([0]), state, policy)
 
-    return _median_ms(run, device) / int(state.rows[0, at.DRAFTED])
-
-
-def _commit_ms(target: CausalModel, graphs: bool) -> float:
-    """Milliseconds of `verify` on one greedy row."""
-    device = target.device
-    operations_of = prepared(operations(device))
-    state, policy = StepState.allocate(1, 64, device), _deciding_policy(device)
-    eos = torch.full((1, 1), -1, dtype=torch.int32, device=device)
-    logits = torch.randn(1, 1, target.vocab_size, device=device).to(target.dtype)
-
-    return _step_ms(lambda: operations_of.verify(logits, state, policy, eos=eos), state, graphs)
-
-
-def _step_ms(operation: Callable[[], object], state: StepState, graphs: bool) -> float:
-    """Milliseconds of an operation on the only row of a state, at the start of a step."""
-    device = state.rows.device
-    if not graphs:
-
-        def begin_and_run() -> None:
-            _begin_step(state, [0])
-            operation()
-
-        return _median_ms(begin_and_run, device)
-    _begin_step(state, [0])
-    rows = state.rows.clone()
-
-    def restore_and_run() -> None:
-        state.rows.copy_(rows)
-        operation()
-
-    return _replay_ms(restore_and_run, device)
+    (ms,) = _medians_ms([_timed(run, device, graphs=False)])
+    return ms / int(state.rows[0, at.DRAFTED])
 
 
 def _deciding_policy(device: torch.device) -> torch.Tensor:
@@ -179,43 +200,10 @@ def _begin_step(state: StepState, text: list[int]) -> None:
     state.rows[0, at.STOP] = 0
 
 
-def _median_ms(call: Callable[[], object], device: torch.device) -> float:
-    times = []
-    for repeat in range(_REPEATS + 1):
-        start = perf_counter()
-        call()
-        if device.type == "cuda":
-            synchronize(device)
-        if repeat:
-            times.append((perf_counter() - start) * 1e3)
-    return median(times)
-
-
-def _replay_ms(call: Callable[[], object], device: torch.device) -> float:
-    """Of a replay of the call as a CUDA graph, among others of the same."""
-    for _ in range(2):  # compiled, and what is allocated once
-        call()
-    synchronize(device)
-    graph, _ = capture(call, None)
-
-    def replay() -> None:
-        for _ in range(_REPLAYS):
-            graph.replay()
-
-    return _median_ms(replay, device) / _REPLAYS
-
-
-def _interpolate(widths: tuple[int, ...], values: list[float]) -> list[float]:
-    """Values at widths 1..16, linear between the measured ones and never falling."""
-    result: list[float] = []
-    for width in range(1, WIDTH_MAX + 1):
-        right = next(i for i, w in enumerate(widths) if w >= width)
-        left = max(right - 1, 0)
-        span = widths[right] - widths[left]
-        share = (width - widths[left]) / span if span else 0.0
-        value = values[left] + (values[right] - values[left]) * share
-        result.append(max(value, result[-1] if result else 0.0))
-    return result
+def _interpolate(gammas: tuple[int, ...], values: list[float]) -> list[float]:
+    """Values at γ 0..15, linear between the measured ones and never falling."""
+    between = np.interp(range(WIDTH_MAX), gammas, values)
+    return [float(ms) for ms in np.maximum.accumulate(between)]
 
 
 def _key(target: CausalModel, draft: CausalModel | None, graphs: bool) -> str:

@@ -2,14 +2,15 @@
 
 Each pair of a compression and a temperature is a cell of its own: policies are tuned for it. The
 figure is tokens per second of decoding steps: tokens over the summed costs of the steps. Intervals
-are bootstrapped over prompts, not over steps, and paired: both policies on the same prompts.
+are bootstrapped over prompts, not over steps, and paired: both policies on the same prompts. Pooled
+over compressions, a prompt's time under a policy is the sum of its times in their cells.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,12 @@ from .tuning import (
     tune,
 )
 
+OURS = "speckv"
+POOLED = "all"
+"""Stands for the compressions of a cell that was pooled over them."""
 _PLAIN = "fixed:0"
 _RESAMPLES = 4000
+_NAN = float("nan")
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,11 @@ class Row:
         Ratios of tokens per second.
     over_static_95 : tuple of two floats
         Interval of the latter.
+    ours_over_it : float
+        Tokens per second of the policy ``speckv`` over those of this one; nan where the former is
+        not among the policies.
+    ours_over_it_95 : tuple of two floats
+        Its interval.
     gap_closed : float
         Share of the way from the tuned static γ to the oracle; nan where there is no way.
     regret : float
@@ -65,6 +75,8 @@ class Row:
     over_plain: float
     over_static: float
     over_static_95: tuple[float, float]
+    ours_over_it: float
+    ours_over_it_95: tuple[float, float]
     gap_closed: float
     regret: float
     histogram: list[int]
@@ -78,6 +90,7 @@ class Cell:
     Attributes
     ----------
     compression : str
+        `POOLED` where it is all of them.
     temperature : float
     prompts, tokens : int
         That policies were judged on.
@@ -91,6 +104,36 @@ class Cell:
     rows: list[Row]
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found.
+
+    Attributes
+    ----------
+    cells : list of Cell
+        By compression and temperature.
+    pooled : list of Cell
+        By temperature, over the compressions; those of two or more with the same prompts.
+    """
+
+    cells: list[Cell]
+    pooled: list[Cell]
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """Replays of one cell, or of several added up.
+
+    ``found`` has the settings and the search of each policy beside its replay; ``prompts`` has the
+    id, the seed and the task of each lane.
+    """
+
+    compression: str
+    temperature: float
+    prompts: tuple[tuple[int, int, str], ...]
+    found: Mapping[str, tuple[Replayed, Settings, Mapping[str, Sequence[float]]]]
+
+
 def compare(
     trace: Trace,
     costs: Mapping[str, CostTable],
@@ -99,7 +142,7 @@ def compare(
     train_share: float = 0.5,
     seed: int = 0,
     advance: Callable[[], None] = lambda: None,
-) -> list[Cell]:
+) -> Comparison:
     """Tune and replay policies on every cell of a trace.
 
     Parameters
@@ -129,10 +172,18 @@ def compare(
     training = split_prompts(trace, train_share, seed)
     for name in policies:
         _refuse_known(name, trace, training)
-    return [
-        _cell(trace, training, compression, temperature, costs[compression], policies, advance)
+    judged = [
+        _judge(trace, training, compression, temperature, costs[compression], policies, advance)
         for compression, temperature in cells
     ]
+    alike: dict[Any, list[_Judged]] = {}
+    for each in judged:
+        alike.setdefault((each.temperature, each.prompts), []).append(each)
+    pooled = [_pool(parts) for parts in alike.values() if len(parts) > 1]
+    names = tuple(dict.fromkeys(policies))
+    return Comparison(
+        *([_cell(each, names) for each in group] for group in (judged, pooled)),
+    )
 
 
 def _refuse_known(name: str, trace: Trace, training: frozenset[int]) -> None:
@@ -155,12 +206,12 @@ def _refuse_known(name: str, trace: Trace, training: frozenset[int]) -> None:
 def to_dict(
     trace: Trace,
     costs: Mapping[str, CostTable],
-    cells: Sequence[Cell],
+    found: Comparison,
     *,
     train_share: float,
     seed: int,
 ) -> dict[str, Any]:
-    """A comparison as JSON values, with what it was made of; see `Cell` and `Row`."""
+    """A comparison as JSON values, with what it was made of; see `Comparison`."""
     info = trace.info
     return {
         "trace": {
@@ -172,13 +223,13 @@ def to_dict(
             "answers": len(trace.answers),
             "positions": len(trace.rows),
         },
-        "costs": {cell.compression: asdict(costs[cell.compression]) for cell in cells},
+        "costs": {cell.compression: asdict(costs[cell.compression]) for cell in found.cells},
         "split": {
             "train_share": train_share,
             "seed": seed,
             "train_prompts": sorted(split_prompts(trace, train_share, seed)),
         },
-        "cells": [asdict(cell) for cell in cells],
+        **asdict(found),
     }
 
 
@@ -210,7 +261,7 @@ def split_prompts(trace: Trace, share: float, seed: int) -> frozenset[int]:
     return frozenset(chosen)
 
 
-def _cell(
+def _judge(
     trace: Trace,
     training: frozenset[int],
     compression: str,
@@ -218,7 +269,7 @@ def _cell(
     cost: CostTable,
     policies: Sequence[str],
     advance: Callable[[], None],
-) -> Cell:
+) -> _Judged:
     own = trace.where(lambda a: (a.compression, a.temperature) == (compression, temperature))
     train = own.where(lambda a: a.prompt_id in training)
     test = own.where(lambda a: a.prompt_id not in training)
@@ -231,24 +282,31 @@ def _cell(
             found[name] = replay(test, tuned.controller, cost), tuned.settings, tuned.search
         if name in policies:
             advance()
-    plain, static, oracle = (found[name][0] for name in (_PLAIN, STATIC, ORACLE))
-    tasks = np.array([answer.task for answer in test.answers])
-    rows = [
-        _row(name, *found[name], plain, static, oracle, tasks) for name in dict.fromkeys(policies)
-    ]
-    return Cell(compression, temperature, len(test.answers), int(static.tokens.sum()), rows)
+    prompts = tuple((answer.prompt_id, answer.seed, answer.task) for answer in test.answers)
+    return _Judged(compression, temperature, prompts, found)
 
 
-def _row(
-    name: str,
-    own: Replayed,
-    settings: Settings,
-    search: Mapping[str, Sequence[float]],
-    plain: Replayed,
-    static: Replayed,
-    oracle: Replayed,
-    tasks: np.ndarray,
-) -> Row:
+def _pool(parts: Sequence[_Judged]) -> _Judged:
+    """Cells with the same prompts as one; settings are left out, as they differ."""
+    first = parts[0]
+    found: dict[str, tuple[Replayed, Settings, Mapping[str, Sequence[float]]]] = {
+        name: (Replayed.total([part.found[name][0] for part in parts]), {}, {})
+        for name in first.found
+    }
+    return replace(first, compression=POOLED, found=found)
+
+
+def _cell(judged: _Judged, policies: Sequence[str]) -> Cell:
+    tasks = np.array([task for _, _, task in judged.prompts])
+    rows = [_row(name, judged, tasks) for name in policies]
+    tokens = int(judged.found[STATIC][0].tokens.sum())
+    return Cell(judged.compression, judged.temperature, len(judged.prompts), tokens, rows)
+
+
+def _row(name: str, judged: _Judged, tasks: np.ndarray) -> Row:
+    own, settings, search = judged.found[name]
+    plain, static, oracle = (judged.found[each][0] for each in (_PLAIN, STATIC, ORACLE))
+    ours = judged.found[OURS][0] if OURS in judged.found else None
     best, base = oracle.tokens_per_second, static.tokens_per_second
     way = best - base
     by_task = {}
@@ -272,7 +330,9 @@ def _row(
         over_plain=own.tokens_per_second / plain.tokens_per_second,
         over_static=own.tokens_per_second / base,
         over_static_95=speedup_interval(own.ms, static.ms),
-        gap_closed=(own.tokens_per_second - base) / way if way > 1e-9 * best else float("nan"),
+        ours_over_it=_NAN if ours is None else ours.tokens_per_second / own.tokens_per_second,
+        ours_over_it_95=(_NAN, _NAN) if ours is None else speedup_interval(ours.ms, own.ms),
+        gap_closed=(own.tokens_per_second - base) / way if way > 1e-9 * best else _NAN,
         regret=1 - own.tokens_per_second / best,
         histogram=own.histogram.sum(axis=0).tolist(),
         tasks=by_task,
@@ -294,10 +354,10 @@ def speedup_interval(
     total, base = drawn @ ms, drawn @ base_ms
     ratios = base[total > 0] / total[total > 0]
     if not len(ratios):
-        return float("nan"), float("nan")
+        return _NAN, _NAN
     low, high = np.quantile(ratios, (0.025, 0.975))
     return float(low), float(high)
 
 
 def _ratio(a: float, b: float) -> float:
-    return float(a / b) if b else float("nan")
+    return float(a / b) if b else _NAN

@@ -86,6 +86,19 @@ class Replayed:
     gamma: np.ndarray
     accepted: np.ndarray
 
+    @classmethod
+    def total(cls, parts: Sequence[Replayed]) -> Replayed:
+        """Replays of the same S prompts added up, lane by lane."""
+        sums = {
+            name: np.sum([getattr(part, name) for part in parts], axis=0)
+            for name in ("tokens", "steps", "ms", "histogram")
+        }
+        steps = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in ("lane", "gamma", "accepted")
+        }
+        return cls(**sums, **steps)
+
     def steps_of(self, answer: int) -> list[tuple[int, int]]:
         """(γ, accepted) of the steps of one answer."""
         own = self.lane == answer

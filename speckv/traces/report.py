@@ -19,7 +19,7 @@ from ..kernels import layout as at
 from ..kernels.layout import GAMMA_MAX, WIDTH_MAX
 from ..policies import CostTable
 from .calibration import calibration
-from .compare import Cell, Row
+from .compare import OURS, POOLED, Cell, Comparison, Row
 from .decisions import decisions
 from .replay import Controller, Oracle, Replayed, replay
 from .schema import Trace
@@ -27,12 +27,11 @@ from .tries import Try
 from .tuning import ORACLE, STATIC, resolve, tune
 
 NAME = "report.html"
-_OURS = "speckv"
 _BINS = 12
 _PLACES = 8  # of an answer's tokens in a bin of the plot over time
 _FAR = 1000  # tokens of context
 _COLOURS = ("#1b6ca8", "#c8553d", "#3c8d5a", "#7d5ba6", "#b8860b")
-_SHORT = (STATIC, "static-by-task", "hf-confidence", "svip", "online-logistic", _OURS)
+_SHORT = (STATIC, "static-by-task", "hf-confidence", "svip", "online-logistic", OURS)
 """Policies of the plots that have no room for all."""
 
 
@@ -45,7 +44,7 @@ class Study:
     trace : Trace
     costs : mapping of str to CostTable
         By compression.
-    cells : sequence of Cell
+    found : Comparison
         Of `speckv.traces.compare.compare`.
     training : frozenset of int
         Prompts that policies were tuned on; the others judge.
@@ -55,7 +54,7 @@ class Study:
 
     trace: Trace
     costs: Mapping[str, CostTable]
-    cells: Sequence[Cell]
+    found: Comparison
     training: frozenset[int]
     tried: Mapping[tuple[str, float], Sequence[Try]] = field(default_factory=dict)
 
@@ -86,7 +85,7 @@ class Study:
             cost = self.costs[compression]
             judged = self.part(compression, judged=True)
             train = self.part(compression, judged=False)
-            for name in (STATIC, _OURS, ORACLE):
+            for name in (STATIC, OURS, ORACLE):
                 controller: Controller
                 if name == ORACLE:
                     controller = Oracle(judged, cost)
@@ -140,15 +139,16 @@ def _page(study: Study, images: Sequence[Path]) -> str:
     shown = "".join(_image(path) for path in images)
     tables = "".join(
         _table(cell) + _tries(study.tried.get((cell.compression, cell.temperature), ()))
-        for cell in study.cells
+        for cell in study.found.cells
     )
+    pooled = "".join(map(_table, study.found.pooled))
     return (
         '<!doctype html>\n<html lang="en"><meta charset="utf-8">'
         f"<title>speckv: {_text(info.target['name'])}</title><style>{_STYLE}</style>"
         f"<h1>Policies on a trace</h1><dl>{listed}</dl>"
         "<p>Tokens per second are those of decoding steps, by measured costs. Settings are tuned "
         "on some prompts and judged on the others; intervals are 95%, over prompts.</p>"
-        f"{tables}<section>{shown}</section></html>\n"
+        f"{pooled}{tables}<section>{shown}</section></html>\n"
     )
 
 
@@ -164,18 +164,25 @@ _STYLE = (
 
 
 def _table(cell: Cell) -> str:
-    head = ("policy", "tokens/s", "a step", "over plain", "over static", "95%", "gap closed")
+    ratios = ("over plain", "over static", "95%", "gap closed", "speckv over it", "95%")
+    head = ("policy", "tokens/s", "a step", *ratios)
     rows = "".join(_table_row(row) for row in cell.rows)
     return (
-        f"<h2>{_text(cell.compression)}, temperature {cell.temperature:g}</h2>"
+        f"<h2>{_text(title_of(cell))}, temperature {cell.temperature:g}</h2>"
         f"<p>{cell.prompts:,} prompts, {cell.tokens:,} tokens</p><table><tr>"
         + "".join(f"<th>{name}</th>" for name in head)
         + f"</tr>{rows}</table>"
     )
 
 
+def title_of(cell: Cell) -> str:
+    """The compression of a cell, or that it is all of them."""
+    return "All compressions" if cell.compression == POOLED else cell.compression
+
+
 def _table_row(row: Row) -> str:
     low, high = row.over_static_95
+    ours = row.policy == OURS or math.isnan(row.ours_over_it)
     values = (
         _text(row.policy),
         f"{row.tokens_per_second:.1f}",
@@ -184,8 +191,10 @@ def _table_row(row: Row) -> str:
         f"{row.over_static:.3f}",
         f"{low:.3f} to {high:.3f}",
         "" if math.isnan(row.gap_closed) else f"{row.gap_closed:.0%}",
+        "" if ours else f"{row.ours_over_it:.3f}",
+        "" if ours else "{:.3f} to {:.3f}".format(*row.ours_over_it_95),
     )
-    return _cells(values, ' class="ours"' if row.policy == _OURS else "")
+    return _cells(values, ' class="ours"' if row.policy == OURS else "")
 
 
 def _cells(values: Sequence[str], mark: str = "") -> str:
@@ -252,7 +261,7 @@ def _acceptance_by_confidence(study: Study, axes: Any) -> None:
 
 def _gamma_over_time(study: Study, axes: Any) -> None:
     for colour, compression in zip(_COLOURS, study.compressions, strict=False):
-        for name, style in ((_OURS, "-"), (ORACLE, ":")):
+        for name, style in ((OURS, "-"), (ORACLE, ":")):
             found = study.decided[compression, name]
             place = np.concatenate(
                 [
@@ -274,12 +283,12 @@ def _gamma_over_time(study: Study, axes: Any) -> None:
 
 def _calibration(study: Study, axes: Any) -> None:
     for colour, compression in zip(_COLOURS, study.compressions, strict=False):
-        mlp = resolve(_OURS, study.trace).mlp
+        mlp = resolve(OURS, study.trace).mlp
         if mlp is None or mlp.layout != at.LAYOUT_SURVIVAL:
             axes.set_title("no policy was trained for this pair")
             break
         judged = study.part(compression, judged=True)
-        bins = calibration(mlp, decisions(judged, study.decided[compression, _OURS]))
+        bins = calibration(mlp, decisions(judged, study.decided[compression, OURS]))
         points = np.array([(b["predicted"], b["actual"]) for b in bins])
         axes.plot(*points.T, "o-", color=colour, label=compression)
         axes.legend()
@@ -288,7 +297,7 @@ def _calibration(study: Study, axes: Any) -> None:
 
 
 def _comparison(study: Study, axes: Any) -> None:
-    cells = [cell for cell in study.cells if cell.temperature == study.lowest]
+    cells = [cell for cell in study.found.cells if cell.temperature == study.lowest]
     names = [row.policy for row in cells[0].rows if not row.policy.startswith("fixed:")]
     places = np.arange(len(names))
     height = 0.8 / len(cells)
@@ -312,7 +321,7 @@ def _comparison(study: Study, axes: Any) -> None:
 
 
 def _regret(study: Study, axes: Any) -> None:
-    cell = next(cell for cell in study.cells if cell.temperature == study.lowest)
+    cell = next(cell for cell in study.found.cells if cell.temperature == study.lowest)
     rows = [row for row in cell.rows if row.policy in _SHORT]
     tasks = list(rows[0].tasks)
     places = np.arange(len(tasks))
@@ -340,7 +349,9 @@ def _cost(study: Study, axes: Any) -> None:
 def _best_gamma(study: Study, axes: Any) -> None:
     for colour, compression in zip(_COLOURS, study.compressions, strict=False):
         cell = next(
-            c for c in study.cells if (c.compression, c.temperature) == (compression, study.lowest)
+            c
+            for c in study.found.cells
+            if (c.compression, c.temperature) == (compression, study.lowest)
         )
         speeds = {
             int(row.policy.removeprefix("fixed:")): row.tokens_per_second

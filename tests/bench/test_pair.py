@@ -98,3 +98,12 @@ def test_other_tokens_print_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     message = "^b: token ids differ from plain decoding's on prompt 1$"
     with pytest.raises(RuntimeError, match=message):
         measured(FakeEngine("b"), monkeypatch)
+
+
+def test_prompts_that_the_policy_has_learned_from() -> None:
+    card = {"prompts": {"fitted": [0, 3], "validated": [5]}}
+    trained = SimpleNamespace(_trained=SimpleNamespace(mlp=SimpleNamespace(card=card)))
+    assert pair._learned_from(trained) == {0, 3, 5}  # type: ignore[arg-type]
+    untrained = SimpleNamespace(_trained=None)
+    with pytest.raises(ValueError, match="expected a pair with a trained policy, got none"):
+        pair._learned_from(untrained)  # type: ignore[arg-type]

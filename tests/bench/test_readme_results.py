@@ -73,12 +73,64 @@ def test_parts_that_ran() -> None:
     assert "have not run" not in every and "Nothing has" not in every
 
 
+def gain(policy: str, ratio: float, **more: float) -> dict[str, Any]:
+    interval = [ratio - 0.01, ratio + 0.01]
+    return {"policy": policy, "ours_over_it": ratio, "ours_over_it_95": interval, **more}
+
+
+def test_a_report() -> None:
+    rows = [
+        gain("static", 1.05),
+        gain("speckv", 1.0, gap_closed=0.25),
+        gain("oracle", 0.9, over_static=1.2),
+    ]
+    report = {
+        "file": "bench/traces/report/report.json",
+        "trace": {"positions": 12345},
+        "cells": [{}] * 6,
+        "pooled": [{"temperature": t, "prompts": 7, "rows": rows} for t in (0.0, 0.7)],
+    }
+    text = readme.section({"report": [report]})
+    assert "12,345 positions; 7 prompts" in " ".join(text.split())
+    assert "3 compressions together" in " ".join(text.split())
+    assert "| `speckv` over | temperature 0 | temperature 0.7 |" in text
+    best = "| the best fixed γ of each compression | +5.0% (+4.0% to +6.0%) |"
+    assert best in text and "`svip`" not in text
+    assert "| the oracle over the best fixed γ; share of that reached | +20.0%; 25% |" in text
+
+
+def test_one_policy_beside_one_for_each_compression() -> None:
+    pooled = [{"temperature": 0.7, "one_over_own": 1.01, "one_over_own_95": [0.99, 1.03]}]
+    text = readme.section({"specialists": [{"file": "specialists.json", "pooled": pooled}]})
+    assert "+1.0% (-1.0% to +3.0%) at temperature 0.7" in " ".join(text.split())
+
+
+def test_replay_beside_live() -> None:
+    policies = {
+        "fixed:0": {"replayed_tokens_per_second": 51.0, "live_tokens_per_second": 50.0},
+        "speckv": {"replayed_tokens_per_second": 70.0, "live_tokens_per_second": 75.0},
+    }
+    row = {
+        "file": "replay-bf16.json",
+        "compression": "bf16",
+        "temperature": 0.0,
+        "policies": policies,
+        "command": "python -m bench.replay",
+        "environment": MACHINE,
+    }
+    text = readme.section({"replay": [row]})
+    assert "| bf16 at 0 | `speckv` | 70.0 | 75.0 | 1.50x |" in text
+    assert "2 threads on a processor, 2 cores, AVX2, `bench/history/replay-bf16.json`" in (
+        " ".join(text.split())
+    )
+
+
 def test_results_are_found_by_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text(json.dumps(pair()))
     (tmp_path / "a.json").write_text(json.dumps({**pair(), "tokens": 32}))
     (tmp_path / "c.json").write_text(json.dumps(gpu("cpu", ("loop",))))
     (tmp_path / "tests.json").write_text(json.dumps({"passed": True}))
-    found = readme.read_results(tmp_path)
+    found = readme.read_results(tmp_path, report=None)
     assert [row["tokens"] for row in found["pair"]] == [32, 64]
     assert set(found) == {"pair", "gpu"}
 

@@ -9,7 +9,7 @@ import pytest
 
 from speckv.errors import PolicyError
 from speckv.policies import CostTable
-from speckv.traces.compare import Cell, compare, speedup_interval, split_prompts
+from speckv.traces.compare import POOLED, Comparison, compare, speedup_interval, split_prompts
 from speckv.traces.replay import replay
 from speckv.traces.schema import Trace
 from speckv.traces.tuning import BY_TASK, DEFAULT, FAMILIES, check_policy, tune
@@ -25,7 +25,7 @@ def trace() -> Trace:
 
 
 @pytest.fixture(scope="module")
-def cells(trace: Trace) -> list[Cell]:
+def found(trace: Trace) -> Comparison:
     return compare(trace, COSTS)
 
 
@@ -39,7 +39,8 @@ def test_the_split_is_by_prompt_and_task(trace: Trace) -> None:
     assert fewer == chosen, "the same prompts, whatever else the trace holds"
 
 
-def test_every_policy_in_every_cell(cells: list[Cell]) -> None:
+def test_every_policy_in_every_cell(found: Comparison) -> None:
+    cells = found.cells
     assert [(c.compression, c.temperature) for c in cells] == [
         ("fp32", 0.0),
         ("fp32", 0.7),
@@ -64,21 +65,54 @@ def test_every_policy_in_every_cell(cells: list[Cell]) -> None:
     assert {r.policy: r for r in cells[0].rows}["confidence"].over_static > 1.0
 
 
-def test_figures_are_those_of_the_judged_prompts(trace: Trace, cells: list[Cell]) -> None:
+def test_figures_are_those_of_the_judged_prompts(trace: Trace, found: Comparison) -> None:
     chosen = split_prompts(trace, 0.5, seed=0)
     own = trace.where(
         lambda a: (a.compression, a.temperature) == ("int8", 0.7) and a.prompt_id not in chosen
     )
     cost = COSTS["int8"]
-    found = replay(own, controller("fixed:4", cost), cost)
-    row = {r.policy: r for r in cells[3].rows}["fixed:4"]
-    assert row.tokens_per_second == pytest.approx(found.tokens.sum() / found.ms.sum() * 1e3)
-    assert row.tokens_per_step == pytest.approx(found.tokens.sum() / len(found.gamma))
-    assert row.histogram == np.bincount(found.gamma, minlength=16).tolist()
+    own_replay = replay(own, controller("fixed:4", cost), cost)
+    row = {r.policy: r for r in found.cells[3].rows}["fixed:4"]
+    assert row.tokens_per_second == pytest.approx(
+        own_replay.tokens.sum() / own_replay.ms.sum() * 1e3
+    )
+    assert row.tokens_per_step == pytest.approx(own_replay.tokens.sum() / len(own_replay.gamma))
+    assert row.histogram == np.bincount(own_replay.gamma, minlength=16).tolist()
     code = [i for i, a in enumerate(own.answers) if a.task == "code"]
     assert row.tasks["code"]["tokens_per_second"] == pytest.approx(
-        found.tokens[code].sum() / found.ms[code].sum() * 1e3
+        own_replay.tokens[code].sum() / own_replay.ms[code].sum() * 1e3
     )
+
+
+def test_ours_over_each_policy(found: Comparison) -> None:
+    for cell in (*found.cells, *found.pooled):
+        rows = {row.policy: row for row in cell.rows}
+        ours = rows["speckv"]
+        assert ours.ours_over_it == 1.0 and ours.ours_over_it_95 == (1.0, 1.0)
+        assert rows["static"].ours_over_it == pytest.approx(ours.over_static)
+        assert rows["static"].ours_over_it_95 == pytest.approx(ours.over_static_95)
+        for row in cell.rows:
+            low, high = row.ours_over_it_95
+            assert low <= row.ours_over_it <= high
+            assert row.ours_over_it == pytest.approx(ours.tokens_per_second / row.tokens_per_second)
+
+
+def test_compressions_are_pooled_by_prompt(trace: Trace, found: Comparison) -> None:
+    assert [(c.compression, c.temperature) for c in found.pooled] == [(POOLED, 0.0), (POOLED, 0.7)]
+    for pooled in found.pooled:
+        parts = [c for c in found.cells if c.temperature == pooled.temperature]
+        assert pooled.prompts == 16 and pooled.tokens == sum(c.tokens for c in parts)
+        for i, row in enumerate(pooled.rows):
+            seconds = [c.tokens / c.rows[i].tokens_per_second for c in parts]
+            assert row.tokens_per_second == pytest.approx(pooled.tokens / sum(seconds))
+            assert row.histogram == np.sum([c.rows[i].histogram for c in parts], axis=0).tolist()
+            assert row.settings == {}
+            low, high = row.over_static_95
+            assert low <= row.over_static <= high
+    fewer = trace.where(lambda a: a.compression == "fp32" or a.prompt_id % 8)
+    alone = compare(fewer, COSTS, ("static",))
+    assert alone.pooled == [], "not the same prompts"
+    assert np.isnan(alone.cells[0].rows[0].ours_over_it)
 
 
 def test_the_search_finds_the_best_of_the_training_prompts(trace: Trace) -> None:
@@ -101,7 +135,7 @@ def test_tuning_sees_no_judged_prompt(trace: Trace) -> None:
     changed = replace(trace, rows=replace(trace.rows, accepted=accepted))
     names = ("static", "svip", "hf-confidence", "static-by-task")
     for ours, theirs in zip(
-        compare(trace, COSTS, names), compare(changed, COSTS, names), strict=True
+        compare(trace, COSTS, names).cells, compare(changed, COSTS, names).cells, strict=True
     ):
         assert [r.settings for r in ours.rows] == [r.settings for r in theirs.rows]
 

@@ -74,9 +74,10 @@ def test_the_page_holds_everything(path: Path, tmp_path: Path, trained: bool) ->
     for image in images:
         data = base64.b64decode(image)
         assert data[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">I", data[16:20])[0] > 500
-    cells = json.loads((out / "report.json").read_text())["cells"]
-    assert len(cells) == page.count("<h2>") == 4
-    for cell in cells:
+    document = json.loads((out / "report.json").read_text())
+    cells, pooled = document["cells"], document["pooled"]
+    assert (len(cells), len(pooled)) == (4, 2) and page.count("<h2>") == 6
+    for cell in (*cells, *pooled):
         for row in cell["rows"]:
             assert f"<td>{row['policy']}</td><td>{row['tokens_per_second']:.1f}</td>" in page
 
@@ -101,7 +102,7 @@ def test_what_else_was_tried(path: Path, tmp_path: Path) -> None:
 
 
 def test_the_best_gamma_is_the_fastest_that_was_replayed(study: Study) -> None:
-    rows = {row.policy: row.tokens_per_second for row in study.cells[0].rows}
+    rows = {row.policy: row.tokens_per_second for row in study.found.cells[0].rows}
     lines = axes_of(study, "best_gamma").get_lines()
     assert lines[0].get_xdata().tolist() == [0, 2, 6]
     speeds = [rows[f"fixed:{gamma}"] for gamma in (0, 2, 6)]

@@ -74,19 +74,19 @@ def test_only_prompts_it_has_not_seen_judge_it(
     out = tmp_path / "policy.safetensors"
     assert cli.run(["train", str(path), "--out", str(out), *FEW]) == 0
     policies = ["static", f"file:{out}"]
-    (cell, _) = compare(trace, trace.info.costs, policies)
+    (cell, _) = compare(trace, trace.info.costs, policies).cells
     assert cell.rows[1].over_static > 1.0
     for split in ({"seed": 1}, {"train_share": 0.25}):
         with pytest.raises(ValueError, match="of the prompts that it would be judged on"):
             compare(trace, trace.info.costs, policies, **split)  # type: ignore[arg-type]
     others = replace(trace, info=replace(trace.info, recipe={"prompts_sha256": "others"}))
-    assert compare(others, trace.info.costs, policies, seed=1)
+    assert compare(others, trace.info.costs, policies, seed=1).cells
 
 
 def test_replay_takes_the_trained_policy(path: Path, trace: Trace, cache: Path) -> None:
-    (before, _) = compare(trace, trace.info.costs, ["speckv"])
+    (before, _) = compare(trace, trace.info.costs, ["speckv"]).cells
     assert cli.run(["train", str(path), *FEW]) == 0
-    (after, _) = compare(trace, trace.info.costs, ["speckv"])
+    (after, _) = compare(trace, trace.info.costs, ["speckv"]).cells
     assert after.rows[0].tokens_per_second != before.rows[0].tokens_per_second
 
 
