@@ -8,15 +8,19 @@ from functools import cache
 
 import numpy as np
 import pytest
-import torch
+from threadpoolctl import threadpool_limits
+from torch import Tensor
 
 from speckv.kernels import layout as at
 from speckv.kernels import reference
 from speckv.kernels.layout import GAMMA_MAX, StepState
 from speckv.policies import CostTable, parse_policy
+from speckv.traces import boosted
+from speckv.traces.decisions import Explorer, decisions
 from speckv.traces.packed import PackedController
 from speckv.traces.replay import Controller, Oracle, Replayed, replay
 from speckv.traces.schema import Answer, Trace, join
+from tests import causality
 from tests.traces.conftest import POLICIES, survival_policy
 from tests.traces.synthetic import COST, INFO, made_up_rows, made_up_trace
 
@@ -26,7 +30,7 @@ CHEAP = CostTable(
 
 
 def controller(name: str, cost: CostTable = COST) -> PackedController:
-    return PackedController(POLICIES[name].pack("fp32", cost))
+    return PackedController(causality.POLICIES[name].pack("fp32", cost))
 
 
 def one_answer(accepted: list[int], limit: int, prompt: int = 5) -> Trace:
@@ -163,9 +167,22 @@ def assert_causal(trace: Trace, make: Callable[[], Controller], cost: CostTable 
         np.testing.assert_array_equal(getattr(again, name), getattr(found, name))
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", causality.POLICIES)
 def test_replay_is_causal(name: str) -> None:
     assert_causal(trace_of_one_compression(), lambda: controller(name))
+
+
+def test_boosted_replay_is_causal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few trees read what many do."""
+    monkeypatch.setattr(boosted, "_MOST_ROUNDS", 2)
+    monkeypatch.setitem(boosted._SETTINGS, "min_samples_leaf", 5)
+    trace = made_up_trace(prompts=8, length=30, compressions=("fp32",), temperatures=(0.0,))
+    packed = POLICIES["survival"].pack("fp32", COST, rate=0.5)
+    with threadpool_limits(1):
+        seen = decisions(trace, replay(trace, Explorer(0), COST))
+        model = PackedController(packed, boosted.Boosted(seen, seen).tokens)
+        assert len(set(replay(trace, model, COST).gamma)) > 3
+        assert_causal(trace, lambda: model)
 
 
 def test_the_causality_test_can_fail() -> None:
@@ -190,28 +207,17 @@ def test_the_causality_test_can_fail() -> None:
     assert found.gamma.tolist() != again.gamma.tolist()
 
 
-@pytest.mark.parametrize("name", POLICIES)
-def test_draft_step_is_causal(name: str) -> None:
+def reference_verify(logits: Tensor, state: StepState, policy: Tensor, eos: Tensor) -> None:
+    reference.verify(logits, state, policy, eos=eos)
+
+
+@pytest.mark.parametrize("name", causality.POLICIES)
+def test_the_reference_is_causal(name: str) -> None:
     """Nothing beyond the drafted tokens is read: neither signals nor the sequence."""
-    packed = POLICIES[name].pack("fp32", COST)
-    draw = torch.Generator().manual_seed(3)
-    logits = [torch.randn(2, 50, generator=draw) * (1 + j % 4) for j in range(GAMMA_MAX)]
-    states = []
-    for rubbish in (0.0, float("nan"), 1e9):
-        state = StepState.allocate(2, 64)
-        for row in range(2):
-            state.reset(row, [1, 2, 3], limit=40, request=row)
-        state.rows[:, at.STOP] = 0
-        for x in logits:
-            drafted = state.rows[:, at.DRAFTED].tolist()
-            for row, count in enumerate(drafted):
-                state.signals[row, count:] = rubbish
-                state.sequence[row, 3 + count :] = 7 if rubbish else 0
-            reference.draft_step(x, state, packed)
-        for row, count in enumerate(state.rows[:, at.DRAFTED].tolist()):
-            state.signals[row, count:] = 0.0
-            state.sequence[row, 3 + count :] = 0
-        states.append(state)
-    for state in states[1:]:
-        for field in ("rows", "running", "signals", "sequence"):
-            assert torch.equal(getattr(state, field), getattr(states[0], field)), field
+    causality.assert_causal(reference.draft_step, reference_verify, causality.packed(name))
+
+
+@pytest.mark.parametrize("name", causality.THAT_LOOK)
+def test_decisions_follow_the_logits_of_their_own_token(name: str) -> None:
+    packed = causality.packed(name)
+    causality.assert_decisions_follow_the_logits(reference.draft_step, packed)
