@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
@@ -165,6 +166,25 @@ def stdout_to_stderr() -> Iterator[None]:
         finally:
             os.dup2(saved, 1)
             os.close(saved)
+
+
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Show what speckv warns of as one line on stderr; other warnings as Python shows them."""
+    from .errors import UntrainedPolicyWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UntrainedPolicyWarning)
+        as_python_does = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, UntrainedPolicyWarning):
+                print(f"warning: {message}", file=sys.stderr)
+            else:
+                as_python_does(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _bar(count: int, most: int) -> str:

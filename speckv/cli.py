@@ -51,9 +51,9 @@ def load_engine(model: opt.ModelOptions) -> Engine:
     SpeckvError, ValueError
         As ``Engine.from_pretrained``.
     """
-    from ._cli_output import stdout_to_stderr
+    from ._cli_output import stdout_to_stderr, warnings_as_lines
 
-    with stdout_to_stderr():
+    with stdout_to_stderr(), warnings_as_lines():
         from .engine import Engine
 
         engine = Engine.from_pretrained(

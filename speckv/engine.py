@@ -19,7 +19,7 @@ from .decoding.eager import StepRecord
 from .decoding.lookup import Lookup, parse_draft
 from .decoding.requests import RequestBatch
 from .decoding.stats import Stats
-from .decoding.trained import identify, trained_policy
+from .decoding.trained import FALLBACK, identify, trained_policy, warn_untrained
 from .errors import SpeckvError
 from .kernels.checks import dtype_name
 from .kernels.layout import DONE_LENGTH, DONE_STOP
@@ -54,7 +54,8 @@ class Engine:
     draft : CausalModel, optional
         None, without a lookup, allows ``fixed:0`` only.
     policy : str or Policy
-        See `speckv.policies`.
+        See `speckv.policies`. ``speckv`` is the policy that was trained for the pair; where none
+        was, an `UntrainedPolicyWarning` says what decides instead.
     id_map : int32 [V_draft], optional
         Target id of each draft id; by default they are the same.
     max_batch_size : int
@@ -175,7 +176,8 @@ class Engine:
         dtype = dtype_name(target.dtype)
         policy = self.policy.name
         if policy == "speckv" and self.draft is not None:
-            policy += " (trained)" if self.policy.trained else " (none trained for this pair)"
+            untrained = f" (none trained for this pair: {FALLBACK})"
+            policy += " (trained)" if self.policy.trained else untrained
         return (
             f"target {target.name} ({target.compression}, {dtype}), draft {draft}, "
             f"policy {policy}, {target.device}, {self.loop}"
@@ -331,6 +333,8 @@ class Engine:
             )
         if policy.name != "speckv" or policy.trained:
             return policy
+        if self.draft is not None and self._trained is None:
+            warn_untrained(identify(self.target), identify(self.draft))
         return self._trained or policy
 
     @cached_property

@@ -2,11 +2,19 @@
 
 Bad arguments raise ``ValueError`` or ``TypeError``; everything else that is not a defect of speckv
 raises one of the classes below. Each message is one line: what failed, and what to do about it.
+What works, but not as well as it could, is a warning.
 """
 
 from __future__ import annotations
 
-__all__ = ["ModelError", "NumericsError", "PolicyError", "SpeckvError", "TraceError"]
+__all__ = [
+    "ModelError",
+    "NumericsError",
+    "PolicyError",
+    "SpeckvError",
+    "TraceError",
+    "UntrainedPolicyWarning",
+]
 
 
 class SpeckvError(Exception):
@@ -27,3 +35,7 @@ class PolicyError(SpeckvError, ValueError):
 
 class TraceError(SpeckvError, ValueError):
     """A trace file cannot be used: missing, damaged, or of another format or version."""
+
+
+class UntrainedPolicyWarning(UserWarning):
+    """The policy ``speckv`` was not trained for its pair of models, and something else decides."""

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,17 @@ import pytest
 from rich.console import Console
 
 from speckv import cli
-from speckv._cli_output import histogram_lines, progress_bar, stdout_to_stderr, to_json
+from speckv._cli_options import ModelOptions
+from speckv._cli_output import (
+    histogram_lines,
+    progress_bar,
+    stdout_to_stderr,
+    to_json,
+    warnings_as_lines,
+)
+from speckv.decoding import trained
+from speckv.decoding.trained import warn_untrained
+from speckv.errors import UntrainedPolicyWarning
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,6 +64,46 @@ def test_stdout_of_child_processes_is_redirected_too(capfd: pytest.CaptureFixtur
     out, err = capfd.readouterr()
     assert out == "after\n"
     assert "from here" in err and "from a child" in err
+
+
+def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UntrainedPolicyWarning)  # which a user of the library may
+        with warnings_as_lines():
+            warnings.warn("it is not trained", UntrainedPolicyWarning, stacklevel=1)
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "warning: it is not trained\n")
+    with pytest.warns(UserWarning, match="another"), warnings_as_lines():
+        warnings.warn("another", stacklevel=1)
+    assert capsys.readouterr().err == ""
+
+
+class Warned:
+    """An engine whose loading warns twice of the same, as two policies would have it."""
+
+    @classmethod
+    def from_pretrained(cls, *models: Any, **options: Any) -> Warned:
+        _warn_untrained()
+        return cls()
+
+    def warmup(self) -> None:
+        _warn_untrained()
+
+
+def _warn_untrained() -> None:
+    warn_untrained({"name": "t", "fingerprint": "1"}, {"name": "d", "fingerprint": "2"})
+
+
+def test_loading_tells_once_that_no_policy_is_trained(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trained, "_warned", set())
+    monkeypatch.setattr("speckv.engine.Engine", Warned)
+    cli.load_engine(ModelOptions(None, None, None, None, "speckv", None, "auto"))
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith("warning: policy speckv: none is trained for the target t")
+    assert trained.FALLBACK in err and "speckv train" in err
 
 
 def _program(*arguments: str, script: str = "", **options: Any) -> subprocess.CompletedProcess[str]:

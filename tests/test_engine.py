@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,10 +15,11 @@ from torch import Tensor
 
 import speckv.kernels
 from speckv import Engine, GenerationInterrupted, Policy, SamplingParams
-from speckv.decoding import EagerLoop
-from speckv.errors import NumericsError, PolicyError, SpeckvError
+from speckv import engine as engine_module
+from speckv.decoding import EagerLoop, trained
+from speckv.errors import NumericsError, PolicyError, SpeckvError, UntrainedPolicyWarning
 from speckv.kernels import layout as at
-from speckv.policies import CostTable
+from speckv.policies import CostTable, parse_policy
 from tests.tabular import TabularModel, random_table
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .!?é"
@@ -341,6 +343,44 @@ def test_after_warmup_nothing_is_allocated_again(engine: Engine) -> None:
 def test_description_names_models_and_policy(engine: Engine) -> None:
     line = engine.describe()
     assert "tabular" in line and "fixed:4" in line and "cpu" in line and "\n" not in line
+
+
+@pytest.fixture
+def nothing_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trained, "_warned", set())
+
+
+@pytest.mark.usefixtures("nothing_warned_of")
+def test_an_untrained_policy_is_told_of_once_for_each_pair(
+    pair: tuple[TabularModel, TabularModel],
+) -> None:
+    with pytest.warns(UntrainedPolicyWarning) as caught:
+        engine = Engine(pair[0], Letters(), pair[1], cost=COST)
+        Engine(pair[0], Letters(), pair[1], cost=COST).generate("hello", GREEDY, policy="speckv")
+    assert len(caught) == 1
+    message = str(caught[0].message)
+    assert "\n" not in message and "the target tabular with the draft tabular" in message
+    for words in (trained.FALLBACK, "speckv profile TRACE", "speckv train TRACE"):
+        assert words in message
+    assert f"policy speckv (none trained for this pair: {trained.FALLBACK})" in engine.describe()
+    other = model(pair[1].table)
+    other.name = "another"
+    with pytest.warns(UntrainedPolicyWarning, match="the draft another"):
+        Engine(pair[0], Letters(), other, cost=COST)
+
+
+@pytest.mark.usefixtures("nothing_warned_of")
+def test_no_other_policy_is_warned_of(
+    pair: tuple[TabularModel, TabularModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for policy in ("fixed:4", "paper", "entropy:2"):
+            Engine(pair[0], Letters(), pair[1], policy=policy)
+        of_the_pair = replace(parse_policy("speckv"), trained=True)
+        monkeypatch.setattr(engine_module, "trained_policy", lambda *models: of_the_pair)
+        found = Engine(pair[0], Letters(), pair[1])
+    assert "policy speckv (trained)" in found.describe()
 
 
 def test_a_policy_is_what_it_says_not_what_it_is_called(engine: Engine) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import UntrainedPolicyWarning
 from ..models.base import CausalModel
 from ..models.hub import cache_root
 from ..models.slice_draft import shipped_draft
@@ -18,6 +20,11 @@ from ..policies.policy import mlp_policy
 
 SHIPPED = "policy.safetensors"
 """Name of the policy in the folder of a draft that comes with the package."""
+
+FALLBACK = "the paper's MLP, scaled by the pair's own record"
+"""What the policy ``speckv`` is for a pair that none was trained for."""
+
+_warned: set[str] = set()
 
 
 def identify(model: CausalModel) -> dict[str, Any]:
@@ -68,3 +75,18 @@ def trained_policy(target: Mapping[str, Any], draft: Mapping[str, Any]) -> Polic
             if mlp.card.get("pair") == key:
                 return replace(mlp_policy("speckv", mlp), trained=True)
     return None
+
+
+def warn_untrained(target: Mapping[str, Any], draft: Mapping[str, Any]) -> None:
+    """Warn, once for each pair and process, that it has no `trained_policy`, and of the remedy."""
+    key = pair_key(target, draft)
+    if key in _warned:
+        return
+    _warned.add(key)
+    warnings.warn(
+        f"policy speckv: none is trained for the target {target['name']} with the draft "
+        f"{draft['name']}, so {FALLBACK}, decides; to train one, run speckv profile TRACE with "
+        "this target and draft, then speckv train TRACE",
+        UntrainedPolicyWarning,
+        stacklevel=4,
+    )
