@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..kernels.layout import WIDTH_MAX
@@ -20,6 +21,12 @@ class CostTable:
         By γ, at context 0.
     step_ms_per_context_token : tuple of 16 floats
         Slope by γ.
+
+    Raises
+    ------
+    ValueError
+        Not 16 values of each, a time that is not positive and finite, or a slope that is negative
+        or not finite.
     """
 
     step_ms: tuple[float, ...]
@@ -30,8 +37,14 @@ class CostTable:
             values = getattr(self, name)
             if len(values) != WIDTH_MAX:
                 raise ValueError(f"{name}: expected {WIDTH_MAX} values, got {len(values)}")
-        if min(self.step_ms) <= 0:
-            raise ValueError(f"step_ms: expected positive values, got {min(self.step_ms)}")
+        for ms in self.step_ms:
+            if not 0 < ms < math.inf:
+                raise ValueError(f"step_ms: expected positive, finite values, got {ms}")
+        for slope in self.step_ms_per_context_token:
+            if not 0 <= slope < math.inf:
+                raise ValueError(
+                    f"step_ms_per_context_token: expected finite values of at least 0, got {slope}"
+                )
 
     @classmethod
     def from_parts(

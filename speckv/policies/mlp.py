@@ -2,7 +2,7 @@
 
 A policy file is safetensors: the weight tensors, the input standardisation and, of a policy trained
 on traces, its record there; and metadata with ``format``, ``version``, ``layout``, ``gammas``, a
-SHA-256 over the tensors, and a training card.
+training card, and a SHA-256 over all of these and the tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..kernels import layout as at
 from ..kernels.layout import WIDTH_MAX
 from .cost import CostTable
 
-FORMAT, VERSION = "speckv-policy", "2"
+FORMAT, VERSION = "speckv-policy", "3"
 _LAYOUTS = {"survival": at.LAYOUT_SURVIVAL, "paper": at.LAYOUT_PAPER}
 SHAPES = {
     "feature_mean": (at.FEATURES,),
@@ -147,9 +147,9 @@ class Mlp:
             "version": VERSION,
             "layout": next(name for name, value in _LAYOUTS.items() if value == self.layout),
             "gammas": json.dumps(list(self.gammas)),
-            "sha256": _checksum(tensors),
             "card": json.dumps(self.card, sort_keys=True),
         }
+        metadata["sha256"] = _checksum(metadata, tensors)
         write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
     @classmethod
@@ -176,7 +176,7 @@ class Mlp:
                 f"policy file {path}: expected version {VERSION}, got {metadata.get('version')}; "
                 "train it again with this version of speckv"
             )
-        if metadata.get("sha256") != _checksum(tensors):
+        if metadata.get("sha256") != _checksum(metadata, tensors):
             raise PolicyError(f"policy file {path}: corrupt, its checksum does not match")
         try:
             layout = _LAYOUTS[metadata["layout"]]
@@ -210,9 +210,11 @@ def _unpack_records(packed: Tensor) -> dict[tuple[int, float], Record]:
     }
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Of everything in the file but the checksum itself."""
+    facts = {name: value for name, value in metadata.items() if name != "sha256"}
+    shapes = {name: [str(t.dtype), *t.shape] for name, t in tensors.items()}
+    digest = hashlib.sha256(json.dumps([facts, shapes], sort_keys=True).encode())
     for name in sorted(tensors):
-        digest.update(name.encode())
         digest.update(tensors[name].contiguous().numpy().tobytes())
     return digest.hexdigest()

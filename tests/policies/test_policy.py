@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -99,8 +101,12 @@ def test_speckv_maximises_the_rate_and_may_choose_nothing() -> None:
 def test_a_cost_table_is_whole_and_positive() -> None:
     with pytest.raises(ValueError, match="step_ms: expected 16 values, got 2"):
         CostTable((1.0, 2.0), (0.0,) * 16)
-    with pytest.raises(ValueError, match="positive"):
-        CostTable((0.0,) * 16, (0.0,) * 16)
+    for bad in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"step_ms: expected positive, finite .* got {bad}"):
+            CostTable((1.0, bad, *(1.0,) * 14), (0.0,) * 16)
+    for bad in (-1e-9, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"_token: expected finite .* got {bad}"):
+            CostTable((1.0,) * 16, (*(0.0,) * 15, bad))
 
 
 def tensors() -> dict[str, Tensor]:
@@ -150,7 +156,8 @@ def rewrite(path: Path, **changes: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": "99"}, "expected version 2, got 99; train it again"),
+        ({"version": "99"}, "expected version 3, got 99; train it again"),
+        ({"version": "2"}, "expected version 3, got 2; train it again with this version of speckv"),
         ({"format": "something"}, "expected the format 'speckv-policy'"),
         ({}, "corrupt, its checksum does not match"),
     ],
@@ -159,6 +166,34 @@ def test_foreign_files_are_refused(saved: Path, changes: dict[str, str], message
     rewrite(saved, **changes)
     with pytest.raises(PolicyError, match=message):
         Mlp.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("layout", "paper"), ("gammas", "[1, 2, 3]"), ("card", '{"rows": 8}'), ("more", "1")],
+)
+def test_whatever_changes_a_files_meaning_is_in_its_checksum(
+    saved: Path, name: str, value: str
+) -> None:
+    with safe_open(str(saved), framework="pt") as file:
+        metadata, kept = file.metadata(), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+    save_file(kept, saved, metadata)
+    Mlp.load(saved)
+    save_file(kept, saved, metadata | {name: value})
+    with pytest.raises(PolicyError, match="corrupt, its checksum does not match"):
+        Mlp.load(saved)
+
+
+def test_a_record_that_was_changed_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "policy.safetensors"
+    records = {(0, 0.0): Record(tuple(0.5**k for k in range(1, at.WIDTH_MAX)), 100.0, 1.1)}
+    Mlp(at.LAYOUT_SURVIVAL, (1, 2), tensors(), records=records).save(path)
+    assert Mlp.load(path).record(0, 0.0) is not None
+    with safe_open(str(path), framework="pt") as file:
+        metadata, kept = file.metadata(), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+    save_file({n: t for n, t in kept.items() if n != "record"}, path, metadata)
+    with pytest.raises(PolicyError, match="checksum"):
+        Mlp.load(path)
 
 
 def test_damaged_and_missing_files_are_refused(saved: Path) -> None:
