@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,20 +28,40 @@ def read_costs(path: Path) -> dict[str, CostTable]:
     Raises
     ------
     ValueError
-        Not JSON, or not tables.
+        Not JSON, or not tables of 16 times and slopes that can be.
     OSError
         The file cannot be read.
     """
-    from .policies import CostTable
-
+    expected = f"--costs: expected tables by compression in {path}, as speckv calibrate writes them"
     try:
         tables = json.loads(path.expanduser().read_text(encoding="utf-8"))
-        return {
-            name: CostTable(**{key: tuple(map(float, values)) for key, values in table.items()})
-            for name, table in tables.items()
-        }
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"--costs: expected tables by compression in {path}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{expected}, got no JSON ({error})") from None
+    if not isinstance(tables, dict) or not tables:
+        raise ValueError(f"{expected}, got {'none' if tables == {} else type(tables).__name__}")
+    try:
+        return {name: _cost_table(name, table) for name, table in tables.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{expected}: {error}") from None
+
+
+def _cost_table(name: str, table: object) -> CostTable:
+    from .models.base import COMPRESSIONS
+    from .policies import CostTable
+
+    if name not in COMPRESSIONS:
+        raise ValueError(f"expected one of {', '.join(COMPRESSIONS)}, got {name!r}")
+    keys = [field.name for field in fields(CostTable)]
+    if not isinstance(table, dict) or sorted(table) != sorted(keys):
+        got = ", ".join(table) if isinstance(table, dict) else type(table).__name__
+        raise ValueError(f"{name}: expected {' and '.join(keys)}, got {got or 'nothing'}")
+    for key, values in table.items():
+        if not isinstance(values, list) or not all(type(v) in (int, float) for v in values):
+            raise ValueError(f"{name}: {key}: expected a list of numbers")
+    try:
+        return CostTable(**{key: tuple(map(float, values)) for key, values in table.items()})
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def replay_all(

@@ -68,10 +68,7 @@ def test_mistakes_are_one_line(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     costs = tmp_path / "costs.json"
-    for text in ("[]", '{"fp32": {"step_ms": [1]}}', "nonsense", '{"fp32": 3}'):
-        costs.write_text(text)
-        assert cli.run(["replay", str(path), "--costs", str(costs)]) == 2
-        assert "--costs: expected tables by compression" in capsys.readouterr().err
+    costs.write_text("nonsense")
     for arguments, code, message in (
         ([str(path), "--policies", "magic"], 2, "got 'magic'; or one of"),
         ([str(tmp_path / "none.parquet")], 1, "no such trace file"),
@@ -81,3 +78,45 @@ def test_mistakes_are_one_line(
         assert cli.run(["replay", *arguments]) == code
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and message in line
+
+
+FLAT = [0.0] * 16
+
+
+def costs_of(first: object, slopes: object = FLAT) -> str:
+    """A cost file, broken or not, whose first time is ``first``."""
+    table = {"step_ms": [first, *[1.0] * 15], "step_ms_per_context_token": slopes}
+    return json.dumps({"fp32": table})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nonsense", "got no JSON"),
+        (costs_of(1.0)[:40], "got no JSON"),
+        ("[]", "got list"),
+        ("{}", "got none"),
+        ('{"fp32": 3}', "fp32: expected step_ms and step_ms_per_context_token, got int"),
+        (
+            '{"fp32": {"draft_ms": 1, "verify_ms": [1]}}',
+            "fp32: expected step_ms and step_ms_per_context_token, got draft_ms, verify_ms",
+        ),
+        ('{"step_ms": [1], "step_ms_per_context_token": [0]}', "bf16, int8, nf4, got 'step_ms'"),
+        (costs_of(1.0, FLAT[:3]), "fp32: step_ms_per_context_token: expected 16 values, got 3"),
+        (costs_of("1.0"), "fp32: step_ms: expected a list of numbers"),
+        (costs_of(None), "fp32: step_ms: expected a list of numbers"),
+        (costs_of(float("nan")), "fp32: step_ms: expected positive, finite values, got nan"),
+        (costs_of(float("inf")), "fp32: step_ms: expected positive, finite values, got inf"),
+        (costs_of(0), "fp32: step_ms: expected positive, finite values, got 0.0"),
+        (costs_of(1.0, [-0.1] * 16), "expected finite values of at least 0, got -0.1"),
+    ],
+)
+def test_costs_that_cannot_be_are_one_line(
+    text: str, message: str, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    costs = tmp_path / "costs.json"
+    costs.write_text(text)
+    assert cli.run(["replay", str(path), "--costs", str(costs)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --costs: expected tables by compression in {costs}")
+    assert message in line
