@@ -2,52 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from speckv.models.hub import CACHE_VARIABLE
 from speckv.traces.schema import write_trace
+from tests.killed import OLD, assert_whole_png, killed
 from tests.traces.synthetic import made_up_trace
-from tests.traces.test_profile import ROOT, folder
+from tests.traces.test_profile import folder
 from tests.traces.test_schema import parts_of
 
 __all__ = ["folder"]
-
-OLD = "an old file"
-
-_KILLED = """
-import os, signal, sys
-from pathlib import Path
-from speckv import cli
-left = int(sys.argv[1])
-rename = Path.replace
-def replace(self, target):
-    global left
-    if not left:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    return rename(self, target)
-Path.replace = replace
-sys.exit(cli.run(sys.argv[2:]))
-"""
-
-
-def killed(tmp_path: Path, renames: int, *command: str) -> None:
-    """Run a command that is killed once it has written and renamed so many files."""
-    process = subprocess.run(
-        [sys.executable, "-c", _KILLED, str(renames), *command],
-        cwd=ROOT,
-        env=os.environ | {CACHE_VARIABLE: str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr
 
 
 @pytest.fixture(scope="module")
@@ -96,4 +61,4 @@ def test_a_report_is_of_whole_files(renames: int, trace: Path, tmp_path: Path) -
     plots = sorted(out.glob("*.png"))
     assert len(plots) == renames
     for plot in plots:
-        assert plot.read_bytes().endswith(b"IEND\xaeB`\x82")
+        assert_whole_png(plot)
