@@ -2,7 +2,9 @@
 
 Two CSV files. A row of `STEP_FILE` is one speculation step: its block's signals and what the target
 accepted. A row of `RUN_FILE` is one generation: tokens, steps and seconds. The steps stand in the
-order of the runs, so each step's run, and with it its prompt, is known.
+order of the runs, so each step's run, and with it its prompt, is known. The step table of a trace
+(`speckv.traces.steps`) is read as well: there bf16 and fp32, which count as fp16, are compressions
+too, and a run may end with a draft token, after which the target adds none.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..policies.policy import COMPRESSION_INDEX
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -40,7 +44,7 @@ class Steps:
     Attributes
     ----------
     compression : int64 [N]
-        Index into `COMPRESSIONS`.
+        Index into `COMPRESSIONS`; bf16 and fp32 count as fp16.
     task : int64 [N]
         Index into ``tasks``.
     gamma, step, accepted, tokens : int64 [N]
@@ -162,7 +166,7 @@ def read_steps(path: Path) -> Steps:
     rows = _read(
         path,
         {
-            "compression": _one_of(COMPRESSIONS),
+            "compression": _one_of(tuple(COMPRESSION_INDEX)),
             "gamma": _gamma,
             "task": _name,
             "step": _count,
@@ -174,7 +178,7 @@ def read_steps(path: Path) -> Steps:
     )
     tasks = tuple(dict.fromkeys(rows["task"]))
     steps = Steps(
-        compression=_indices(rows["compression"], COMPRESSIONS),
+        compression=_counted_as(rows["compression"]),
         task=_indices(rows["task"], tasks),
         gamma=np.array(rows["gamma"], dtype=np.int64),
         step=np.array(rows["step"], dtype=np.int64),
@@ -186,7 +190,7 @@ def read_steps(path: Path) -> Steps:
     )
     wrong = np.flatnonzero(
         (steps.accepted > steps.gamma)
-        | (steps.tokens != steps.accepted + 1)
+        | ~_adds_up(steps.accepted, steps.tokens)
         | (steps.acceptance < steps.accepted / steps.gamma - _ROUNDING)
         | ((steps.acceptance > 0) != (steps.accepted > 0))
     )
@@ -200,11 +204,16 @@ def read_steps(path: Path) -> Steps:
     return steps
 
 
+def _adds_up(accepted: Ints, tokens: Ints) -> NDArray[np.bool_]:
+    last: NDArray[np.bool_] = (tokens == accepted) & (accepted > 0)
+    return last | (tokens == accepted + 1)
+
+
 def _read_runs(path: Path, tasks: tuple[str, ...]) -> Runs:
     rows = _read(
         path,
         {
-            "compression": _one_of(COMPRESSIONS),
+            "compression": _one_of(tuple(COMPRESSION_INDEX)),
             "gamma": _gamma,
             "task": _one_of(tasks),
             "prompt": _name,
@@ -215,7 +224,7 @@ def _read_runs(path: Path, tasks: tuple[str, ...]) -> Runs:
     )
     prompts = tuple(dict.fromkeys(rows["prompt"]))
     return Runs(
-        compression=_indices(rows["compression"], COMPRESSIONS),
+        compression=_counted_as(rows["compression"]),
         task=_indices(rows["task"], tasks),
         prompt=_indices(rows["prompt"], prompts),
         gamma=np.array(rows["gamma"], dtype=np.int64),
@@ -274,6 +283,10 @@ def _read(path: Path, columns: Mapping[str, Callable[[str], Any]]) -> dict[str, 
     if not next(iter(values.values())):
         raise ValueError(f"{path}: expected at least one row, got none")
     return values
+
+
+def _counted_as(compressions: Sequence[str]) -> Ints:
+    return np.array([COMPRESSION_INDEX[name] for name in compressions], dtype=np.int64)
 
 
 def _indices(names: Sequence[str], known: tuple[str, ...]) -> Ints:

@@ -2,7 +2,8 @@
 
 The paper decodes every prompt greedily with each of a few fixed γ. A trace tells what such runs
 would have done. Signals are those of the block drafted in the step; a block is shorter than γ where
-its run ends, and steps without a draft token, which have no signals, are left out.
+its run ends, and steps without a draft token, which have no signals, are left out. Compressions
+have their own names; `speckv.paper.data.read_steps` counts bf16 and fp32 as fp16.
 """
 
 from __future__ import annotations

@@ -75,6 +75,7 @@ BAD: dict[str, tuple[Callable[[Rows], None], str]] = {
     "no steps": (_set(1, 2, num_steps=0), r"row 3: num_steps: expected .* at least 1"),
     "too many": (_set(0, 1, accepted=9, tokens_produced=10), r"row 2: expected accepted <= gamma"),
     "tokens": (_set(0, 1, tokens_produced=99), r"row 2: .*tokens_produced = accepted \+ 1"),
+    "no token": (_set(0, 1, accepted=0, tokens_produced=0, acceptance_rate=0), r"row 2: expected"),
     "low rate": (
         _set(0, 1, accepted=2, tokens_produced=3, acceptance_rate=0.5),
         r"row 2: .*acceptance_rate >= accepted / gamma, got 2, 2, 3 and 0.5",

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from speckv.paper import policy
+from speckv.paper.data import COMPRESSIONS, SIGNALS, read_steps
 from speckv.traces.schema import Trace
 from speckv.traces.steps import COLUMNS, write_steps
 from tests.traces.synthetic import made_up_trace
@@ -73,3 +75,28 @@ def test_sampled_answers_alone_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="trace: expected greedy answers"):
         write_steps(tmp_path / "steps.csv", sampled)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("compression", ["bf16", "fp32", "fp16", "int8", "nf4"])
+def test_the_papers_reader_reads_it(compression: str, tmp_path: Path) -> None:
+    trace = made_up_trace(length=40, compressions=(compression,), temperatures=(0.0,))
+    out = tmp_path / "steps.csv"
+    count = write_steps(out, trace)
+    rows, steps = read(out), read_steps(out)
+    assert len(steps) == count
+    assert {row["compression"] for row in rows} == {compression}
+    counted_as = {"bf16": "fp16", "fp32": "fp16"}.get(compression, compression)
+    assert {COMPRESSIONS[i] for i in steps.compression} == {counted_as}
+    for name, values in (
+        ("gamma", steps.gamma),
+        ("step", steps.step),
+        ("accepted", steps.accepted),
+        ("tokens_produced", steps.tokens),
+        ("acceptance_rate", steps.acceptance),
+        *zip(SIGNALS, steps.signals.T, strict=True),
+    ):
+        assert values.tolist() == [float(row[name]) for row in rows], name
+    assert [steps.tasks[i] for i in steps.task] == [row["task"] for row in rows]
+    assert (steps.tokens == steps.accepted).any(), "a run that ends with a draft token"
+    mlp = policy.train(out)
+    assert mlp.card["rows"] == count and mlp.card["held_out_correlation"] > 0.2
