@@ -205,8 +205,8 @@ def read_steps(path: Path) -> Steps:
 
 
 def _adds_up(accepted: Ints, tokens: Ints) -> NDArray[np.bool_]:
-    last: NDArray[np.bool_] = (tokens == accepted) & (accepted > 0)
-    return last | (tokens == accepted + 1)
+    own: NDArray[np.int64] = tokens - accepted
+    return np.asarray((own == 1) | ((own == 0) & (accepted > 0)))
 
 
 def _read_runs(path: Path, tasks: tuple[str, ...]) -> Runs:

@@ -10,8 +10,9 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,7 @@ def _info(pair: _Pair, prompts: Sequence[Prompt], recipe: ProfileRecipe) -> Trac
             "speckv": __version__,
             "torch": torch.__version__,
             "transformers": version("transformers"),
+            **_versions_of("triton", "bitsandbytes"),
         },
         recipe=json.loads(json.dumps(asdict(recipe)))
         | {
@@ -179,6 +181,15 @@ def _info(pair: _Pair, prompts: Sequence[Prompt], recipe: ProfileRecipe) -> Trac
             "threads": torch.get_num_threads(),
         },
     )
+
+
+def _versions_of(*packages: str) -> dict[str, str]:
+    """Of those that are installed; not every machine has or needs them."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _key(info: TraceInfo) -> str:

@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from speckv import cli
 from speckv.prompts import Prompt
 from speckv.traces import profile as profiling
 from speckv.traces.profile import ProfileRecipe, profile
-from speckv.traces.schema import TraceInfo, read_trace
+from speckv.traces.schema import TraceInfo, read_parts, read_trace, write_trace
 from tests.models.conftest import seeded
 from tests.traces.synthetic import COST
 from tests.training.conftest import EOS, make_prompts, save_target, tiny_llama
@@ -87,6 +89,17 @@ def test_what_is_recorded(whole: Path) -> None:
     assert info.target["dtype"] == {"fp32": "float32", "int8": "bfloat16"}
     assert info.costs == {"fp32": COST, "int8": COST}
     assert info.recipe["prompts"] == 5 and info.versions["torch"] and info.device
+    for package in ("triton", "bitsandbytes"):
+        installed = version(package) if find_spec(package) else None
+        assert info.versions.get(package) == installed
+
+
+def test_a_package_that_is_not_there_has_no_version(whole: Path, tmp_path: Path) -> None:
+    assert list(profiling._versions_of("torch", "no-such-package-of-speckv")) == ["torch"]
+    trace = read_trace(whole)
+    older = replace(trace.info, versions={"speckv": "0.1.0", "torch": "2", "transformers": "5"})
+    write_trace(tmp_path / "older.parquet", older, read_parts(whole))
+    assert read_trace(tmp_path / "older.parquet").info == older
 
 
 def test_signals_are_probabilities(whole: Path) -> None:
