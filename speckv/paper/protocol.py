@@ -85,7 +85,8 @@ class Controls:
     Attributes
     ----------
     shuffled_correlations : tuple of float
-        With labels shuffled before the split, one for each shuffle.
+        With labels shuffled before the split, one for each shuffle; the first has the protocol's
+        own seed.
     shuffled_improvements_pct : tuple of float
         SpecKV over Fixed-4 by the protocol, scored by a regressor fitted to shuffled labels.
     by_prompt_correlation : float
@@ -165,7 +166,7 @@ def control(released: Released) -> Controls:
     inputs, labels = steps.inputs, steps.acceptance
     fit, held_out = split(steps)
     shuffled_correlations, shuffled_improvements = [], []
-    for seed in range(_SHUFFLES):
+    for seed in (_SEED, *range(_SHUFFLES))[:_SHUFFLES]:
         shuffled = np.random.default_rng(seed).permutation(labels)
         predicted = _rates(new_regressor().fit(inputs[fit], shuffled[fit]), inputs[held_out])
         shuffled_correlations.append(correlation(predicted, shuffled[held_out]))

@@ -78,8 +78,25 @@ def test_what_can_be_learned_is_learned(analysis: Analysis) -> None:
     assert found.correlation > 0.5
     assert found.mse == pytest.approx(float(((found.predicted - found.actual) ** 2).mean()))
     assert controls.by_prompt_correlation > 0.5
-    assert abs(float(np.mean(controls.shuffled_correlations))) < 0.1
     assert abs(controls.causal_correlation) < 0.2, "made-up steps do not depend on the one before"
+
+
+def test_shuffled_labels_give_noise_which_few_made_up_steps_let_exceed_a_tenth(
+    analysis: Analysis,
+) -> None:
+    """On the released data none does; here the held-out fifth is a few hundred steps."""
+    found = np.array(analysis.controls.shuffled_correlations)
+    noise = 1 / np.sqrt(len(analysis.protocol.held_out))
+    assert abs(found).max() < 3 * noise and abs(found.mean()) < 3 * noise / np.sqrt(len(found))
+    labels = analysis.released.steps.acceptance
+    again = np.random.default_rng(protocol._SEED).permutation(labels)
+    assert not np.array_equal(again, labels) and found[0] == pytest.approx(
+        _shuffled_correlation(analysis.released, again)
+    ), "the first is the protocol's own seed"
+
+
+def _shuffled_correlation(released: Released, labels: np.ndarray) -> float:
+    return protocol.evaluate(replace(released.steps, acceptance=labels)).correlation
 
 
 def test_shuffled_labels_improve_by_the_protocol_all_the_same(analysis: Analysis) -> None:
