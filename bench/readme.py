@@ -61,7 +61,7 @@ def read_results(
 
 def section(results: Results) -> str:
     """The section's text, without its heading."""
-    parts = (_plain, _pair, _assisted, _report, _specialists, _replay, _gpu)
+    parts = (_plain, _pair, _assisted, _report, _specialists, _replay, _decision, _gpu)
     blocks = [block for part in parts for block in part(results)]
     return "\n".join(blocks)
 
@@ -221,6 +221,25 @@ def _replay(results: Results) -> Iterator[str]:
             )
     yield "\n".join(lines) + "\n"
     yield f"    {rows[0]['command']}\n"
+
+
+def _decision(results: Results) -> Iterator[str]:
+    rows = results.get("decision", ())
+    if not rows:
+        yield "What a decision costs beside the paper's has not been measured.\n"
+    for row in rows:
+        us, cheaper = row["us"], row["times_cheaper"]
+        yield _paragraph(
+            f"A decision on the CPU: the paper's four `predict` calls take {_us(us['predict'])}, "
+            f"the same MLP, packed, {_us(us['paper'])}, {cheaper['paper']:.0f} times less, and the "
+            f"trained policy's {_us(us['survival'])}, {cheaper['survival']:.0f} times less: "
+            f"medians of {row['decisions']:,} each, by turns, and 99th percentiles; "
+            f"{_machine(row)} (`bench/history/{row['file']}`, `{row['command']}`)."
+        )
+
+
+def _us(found: Mapping[str, float]) -> str:
+    return f"{found['p50']:.0f} µs ({found['p99']:.0f})"
 
 
 def _gpu(results: Results) -> Iterator[str]:

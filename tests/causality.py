@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import speckv
+from speckv.decoding.trained import SHIPPED
 from speckv.kernels import layout as at
 from speckv.kernels.layout import GAMMA_MAX, StepState
+from speckv.models.slice_draft import shipped_drafts
 from speckv.policies import Mlp, Policy
 from speckv.policies.policy import mlp_policy
 from tests.traces.conftest import POLICIES as MADE_UP
@@ -37,8 +37,8 @@ Verify = Callable[[Tensor, StepState, Tensor, Tensor], None]
 @cache
 def shipped_policy() -> Policy:
     """The trained policy that comes with the package, of the survival layout."""
-    (path,) = (Path(speckv.__file__).parent / "data" / "drafts").glob("*/policy.safetensors")
-    policy = mlp_policy("shipped", Mlp.load(path))
+    (folder,) = shipped_drafts()
+    policy = mlp_policy("shipped", Mlp.load(folder / SHIPPED))
     assert policy.mlp is not None and policy.mlp.layout == at.LAYOUT_SURVIVAL
     return policy
 

@@ -181,11 +181,16 @@ def read_tensors(folder: Path, manifest: SliceManifest) -> tuple[TensorSource, T
     return _Unpacked(stored), stored[_ID_MAP]
 
 
+def shipped_drafts() -> list[Path]:
+    """Folders of the drafts that come with the package."""
+    return [path.parent for path in sorted(_SHIPPED.glob(f"*/{MANIFEST}"))]
+
+
 def shipped_draft(fingerprint: str) -> Path | None:
     """Folder of the draft that comes with the package for a target of that fingerprint, if any."""
-    for path in sorted(_SHIPPED.glob(f"*/{MANIFEST}")):
-        if SliceManifest.read(path.parent).fingerprint == fingerprint:
-            return path.parent
+    for folder in shipped_drafts():
+        if SliceManifest.read(folder).fingerprint == fingerprint:
+            return folder
     return None
 
 

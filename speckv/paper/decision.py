@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..kernels import layout as at
 from ..kernels import reference
@@ -59,14 +60,7 @@ def time_decisions(regressor: Any, inputs: Floats, decisions: int = 1000) -> Dec
     decisions : int
         Of each kind, after a warm-up.
     """
-    packed = Policy(
-        "paper",
-        at.MODE_MLP,
-        gamma_cap=max(GAMMAS),
-        mlp=pack(regressor.coefs_, regressor.intercepts_, {}),
-        objective=at.OBJECTIVE_TOKENS,
-        candidates=GAMMAS,
-    ).pack()
+    packed = paper_policy(regressor)
     rows = [0] * at.ROW_WORDS
     predict_ms, packed_ms, same = [], [], 0
     threads = torch.get_num_threads()
@@ -74,10 +68,10 @@ def time_decisions(regressor: Any, inputs: Floats, decisions: int = 1000) -> Dec
     try:
         for i in range(_WARM_UP + decisions):
             row = inputs[i % len(inputs)]
-            running = _running(row)
+            running = running_features(row)
             packed[at.COMPRESSION] = row[4]
-            theirs, theirs_ms = _timed(_choose, regressor, row)
-            ours, ours_ms = _timed(reference.best_gamma, packed, rows, running)
+            theirs, theirs_ms = timed(choose, regressor, row)
+            ours, ours_ms = timed(reference.best_gamma, packed, rows, running)
             if i >= _WARM_UP:
                 predict_ms.append(theirs_ms)
                 packed_ms.append(ours_ms)
@@ -87,14 +81,26 @@ def time_decisions(regressor: Any, inputs: Floats, decisions: int = 1000) -> Dec
     return DecisionCost(median(predict_ms), median(packed_ms), decisions, same / decisions)
 
 
-def _timed(decide: Callable[..., int], *arguments: Any) -> tuple[int, float]:
+def paper_policy(regressor: Any) -> Tensor:
+    """A fitted regressor as the kernels read it, deciding as the paper does."""
+    return Policy(
+        "paper",
+        at.MODE_MLP,
+        gamma_cap=max(GAMMAS),
+        mlp=pack(regressor.coefs_, regressor.intercepts_, {}),
+        objective=at.OBJECTIVE_TOKENS,
+        candidates=GAMMAS,
+    ).pack()
+
+
+def timed(decide: Callable[..., int], *arguments: Any) -> tuple[int, float]:
     """The γ that ``decide`` chooses, and its ms."""
     began = time.perf_counter_ns()
     chosen = decide(*arguments)
     return chosen, (time.perf_counter_ns() - began) / 1e6
 
 
-def _choose(regressor: Any, row: Floats) -> int:
+def choose(regressor: Any, row: Floats) -> int:
     """The paper's decision: the γ of the most expected tokens, one ``predict`` call for each."""
     best, most = GAMMAS[0], 0.0
     for gamma in GAMMAS:
@@ -106,7 +112,7 @@ def _choose(regressor: Any, row: Floats) -> int:
     return best
 
 
-def _running(row: Sequence[float] | Floats) -> list[float]:
+def running_features(row: Sequence[float] | Floats) -> list[float]:
     """A step's running features with the four signals of ``row``; the MLP reads no others."""
     running = [0.0] * at.RUNNING_WORDS
     places = (at.MEAN_ENTROPY, at.MEAN_CONFIDENCE, at.MAX_ENTROPY, at.MIN_CONFIDENCE)

@@ -125,6 +125,26 @@ def test_replay_beside_live() -> None:
     )
 
 
+def test_a_decision() -> None:
+    assert "What a decision costs beside the paper's has not been measured." in readme.section({})
+    row = {
+        "file": "decision-cpu.json",
+        "decisions": 5000,
+        "us": {
+            "predict": {"p50": 340.4, "p90": 400.0, "p99": 612.0},
+            "paper": {"p50": 20.0, "p90": 25.0, "p99": 31.0},
+            "survival": {"p50": 17.0, "p90": 20.0, "p99": 28.0},
+        },
+        "times_cheaper": {"paper": 17.02, "survival": 20.02},
+        "command": "python -m bench.decision",
+        "environment": {**MACHINE, "threads": 1},
+    }
+    text = " ".join(readme.section({"decision": [row]}).split())
+    assert "four `predict` calls take 340 µs (612), the same MLP, packed, 20 µs (31), 17" in text
+    assert "the trained policy's 17 µs (28), 20 times less: medians of 5,000 each" in text
+    assert "1 thread on a processor, 2 cores, AVX2 (`bench/history/decision-cpu.json`" in text
+
+
 def test_results_are_found_by_what_they_are(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text(json.dumps(pair()))
     (tmp_path / "a.json").write_text(json.dumps({**pair(), "tokens": 32}))
