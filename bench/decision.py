@@ -1,10 +1,11 @@
-"""What a decision costs on the CPU: the paper's four ``predict`` calls and the packed MLP, by turns.
+"""What a decision costs on the CPU: the paper's four ``predict`` calls, and the packed MLP.
 
     python -m bench.decision --out FILE
 
-One thread. The regressor is the paper's, fitted to made-up steps: what it costs does not depend on
-what it has learned. Its weights, packed, are the ``paper`` layout; the ``survival`` layout is the
-policy that comes with the package. Both are timed as the MLP alone, with what chooses γ from it.
+By turns, on one thread. The regressor is the paper's, fitted to made-up steps: what it costs does
+not depend on what it has learned. Its weights, packed, are the ``paper`` layout; the ``survival``
+layout is the policy that comes with the package. Both are timed as the MLP alone, with what chooses
+γ from it.
 """
 
 from __future__ import annotations
