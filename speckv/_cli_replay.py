@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,10 +35,7 @@ def read_costs(path: Path) -> dict[str, CostTable]:
 
     try:
         tables = json.loads(path.expanduser().read_text(encoding="utf-8"))
-        return {
-            name: CostTable(**{key: tuple(map(float, values)) for key, values in table.items()})
-            for name, table in tables.items()
-        }
+        return {name: CostTable.from_dict(table) for name, table in tables.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"--costs: expected tables by compression in {path}: {error}") from None
 
@@ -95,19 +91,29 @@ def try_all(study: Study) -> Study:
 
 def write_costs(path: Path, tables: Mapping[str, CostTable]) -> None:
     """Write what `read_costs` reads."""
-    write_json(path, {name: asdict(table) for name, table in tables.items()})
+    write_json(path, {name: table.to_dict() for name, table in tables.items()})
 
 
 def show_costs(console: Console, compression: str, cost: CostTable) -> None:
     """Print a cost table, by γ."""
-    table = _table("ms at context 0", "at 1,000", "plain steps", rows="")
+    parts = cost.parts
+    of_parts = () if parts is None else ("target's forward", "overhead")
+    table = _table("ms at context 0", "at 1,000", "plain steps", *of_parts, rows="")
     for gamma, (ms, slope) in enumerate(
         zip(cost.step_ms, cost.step_ms_per_context_token, strict=True)
     ):
-        far = ms + 1000 * slope
-        table.add_row(f"γ = {gamma}", f"{ms:.2f}", f"{far:.2f}", f"{ms / cost.step_ms[0]:.2f}")
+        cells = [f"{ms:.2f}", f"{ms + 1000 * slope:.2f}", f"{ms / cost.step_ms[0]:.2f}"]
+        if parts is not None:
+            cells += [f"{parts.verify_ms[gamma]:.2f}", f"{parts.overhead_ms[gamma]:.2f}"]
+        table.add_row(f"γ = {gamma}", *cells)
     console.print(f"{compression}: a step that verifies γ draft tokens", markup=False)
     console.print(table)
+    if parts is not None:
+        console.print(
+            f"a draft token {parts.draft_ms:.2f} ms, one that the draft was not fed in plain steps "
+            f"{cost.catch_up_ms:.3f} ms",
+            markup=False,
+        )
 
 
 def show(console: Console, trace: Trace, found: Comparison) -> None:
