@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError
+from ..kernels import cpu_step
 from ..kernels import layout as at
-from ..kernels import reference
 from ..kernels.layout import StepState
 from ..models.base import CausalModel
 from ..models.cache import KVCache
@@ -412,12 +412,12 @@ def not_finite(row: int, position: int, error: int) -> NumericsError:
 
 
 def operations(device: torch.device) -> Any:
-    """Where `draft_step`, `verify` and `cutoff` come from: kernels on CUDA, else the reference.
+    """Where `draft_step`, `verify` and `cutoff` come from: kernels on CUDA, else `cpu_step`.
 
     A loop uses them through `prepared`, which validates the kernels' arguments once a run.
     """
     if device.type != "cuda":
-        return reference
+        return cpu_step
     from .. import kernels
 
     return kernels
