@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ def measure(
         "command": command(),
         "compression": engine.target.compression,
         "temperature": trace.mean_temperature,
-        "cost": asdict(cost),
+        "cost": cost.to_dict(),
         "answers": len(trace.answers),
         "tokens": int(replayed[PLAIN].tokens.sum()),
         "policies": {name: _row(replayed[name], seconds[name]) for name in names},

@@ -1,6 +1,6 @@
-"""Row operations compiled from ``native.c`` by the system's C compiler on first use.
+"""Operations compiled from ``native.c`` and ``native_step.c`` on first use.
 
-A row's bits depend on that row alone, by construction: see the comment in ``native.c``. The
+A row's bits depend on that row alone, by construction: see the comments in the sources. The
 library is kept in the cache folder under a name that says what it was made of, so it is compiled
 once per source, compiler and processor. It must run on the OpenMP runtime that torch has loaded:
 two pools of spinning threads would slow each other down many times over. Where there is no
@@ -28,14 +28,16 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from speckv.kernels import functional
+from speckv.kernels import functional, reference
+from speckv.kernels import layout as at
+from speckv.kernels.layout import StepState
 
 __all__ = ["DTYPES", "SWITCH_VARIABLE", "Library", "library", "status"]
 
 SWITCH_VARIABLE = "SPECKV_NATIVE"
 """Environment variable that, set to 0, turns these operations off."""
 
-_SOURCE = Path(__file__).with_name("native.c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "native_step.c"))
 _COMPILE_FLAGS = (
     "-std=gnu99",
     "-O3",
@@ -45,6 +47,12 @@ _COMPILE_FLAGS = (
     # The one fused multiply-add is explicit: the compiler must not choose others, case by case.
     "-ffp-contract=off",
     "-fno-math-errno",
+    "-fno-trapping-math",
+)
+_LAYOUT_FLAGS = tuple(
+    f"-DAT_{name}={value}"
+    for name, value in vars(at).items()
+    if name.isupper() and isinstance(value, int)
 )
 # Linked without -fopenmp: the runtime's symbols stay undefined, and torch's copy resolves them.
 _LINK_FLAGS = ("-shared",)
@@ -87,9 +95,9 @@ class Library:
         loaded = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
         pointer, size, real, count = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
 
-        def bind(name: str, *types: Any) -> Callable[..., None]:
+        def bind(name: str, *types: Any, result: Any = None) -> Callable[..., Any]:
             function = loaded[f"speckv_{name}"]
-            function.argtypes, function.restype = types, None
+            function.argtypes, function.restype = types, result
             return function
 
         def by_dtype(name: str, *types: Any) -> dict[torch.dtype, Callable[..., None]]:
@@ -99,6 +107,14 @@ class Library:
         self._rms_norm = by_dtype("rms_norm", *[pointer] * 3, size, size, real, count)
         self._swiglu = by_dtype("swiglu", pointer, pointer, size, size, count)
         self._rope = by_dtype("rope", *[pointer] * 4, size, size, count)
+        state = [*[pointer] * 4, size]
+        self._draft_step = by_dtype(
+            "draft_step", pointer, size, size, size, *state, *[pointer] * 5, count
+        )
+        self._verify = by_dtype(
+            "verify", pointer, *[size] * 4, *state, pointer, size, *[pointer] * 3, size
+        )
+        self._best_gamma = bind("best_gamma", *[pointer] * 3, ctypes.c_double, result=count)
 
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
@@ -187,6 +203,90 @@ class Library:
         )
         return out
 
+    def draft_step(
+        self,
+        logits: Tensor,
+        state: StepState,
+        policy: Tensor,
+        *,
+        inv_temperature: Tensor | None = None,
+        seeds: Tensor | None = None,
+        id_map: Tensor | None = None,
+        cutoffs: Tensor | None = None,
+        coupling: str = "gumbel",
+    ) -> None:
+        """:func:`reference.draft_step`."""
+        x = _readable(logits)
+        self._draft_step[x.dtype](
+            x.data_ptr(),
+            x.stride(0),
+            x.shape[1],
+            x.shape[0],
+            policy.data_ptr(),
+            state.rows.data_ptr(),
+            state.running.data_ptr(),
+            state.sequence.data_ptr(),
+            state.sequence.stride(0),
+            state.signals.data_ptr(),
+            _address_of(id_map),
+            _address_of(inv_temperature),
+            _address_of(seeds),
+            _address_of(cutoffs),
+            coupling != "gumbel",
+        )
+
+    def verify(
+        self,
+        logits: Tensor,
+        state: StepState,
+        policy: Tensor,
+        *,
+        eos: Tensor,
+        inv_temperature: Tensor | None = None,
+        seeds: Tensor | None = None,
+        cutoffs: Tensor | None = None,
+    ) -> None:
+        """:func:`reference.verify`."""
+        x = _readable(logits)
+        self._verify[x.dtype](
+            x.data_ptr(),
+            x.stride(0),
+            x.stride(1),
+            x.shape[2],
+            x.shape[0],
+            policy.data_ptr(),
+            state.rows.data_ptr(),
+            state.running.data_ptr(),
+            state.sequence.data_ptr(),
+            state.sequence.stride(0),
+            eos.data_ptr(),
+            eos.shape[1],
+            _address_of(inv_temperature),
+            _address_of(seeds),
+            _address_of(cutoffs),
+            x.shape[1],
+        )
+
+    def best_gamma(self, policy: Tensor, rows: list[int], running: list[float]) -> int:
+        """:func:`reference.best_gamma`."""
+        words, features = (ctypes.c_int32 * len(rows))(*rows), (ctypes.c_float * len(running))
+        return int(
+            self._best_gamma(
+                policy.data_ptr(), words, features(*running), float(running[at.ACCEPTANCE])
+            )
+        )
+
+
+def _readable(logits: Tensor) -> Tensor:
+    """Logits of a type that is compiled for, of unit stride in the last axis."""
+    if logits.dtype not in _SUFFIX:
+        return logits.float()
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
+
+
+def _address_of(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
 
 def library() -> Library | None:
     """The operations, compiled first if need be, or None where they cannot be used."""
@@ -254,7 +354,9 @@ def _compiled() -> Path:
     """
     compiler = _compiler()
     version = _output([*compiler, "--version"])
-    facts = (_SOURCE.read_text(), *_COMPILE_FLAGS, *_LINK_FLAGS, *compiler, version, _processor())
+    flags = (*_COMPILE_FLAGS, *_LAYOUT_FLAGS, *_LINK_FLAGS)
+    sources = (source.read_text() for source in _SOURCES)
+    facts = (*sources, *flags, *compiler, version, _processor())
     digest = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
     chosen = os.environ.get("SPECKV_CACHE")
     root = Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "speckv"
@@ -269,9 +371,11 @@ def _compiled() -> Path:
 
 def _compile(compiler: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
-        compiled, linked = Path(folder) / "rows.o", Path(folder) / "rows.so"
-        _output([*compiler, *_COMPILE_FLAGS, "-c", str(_SOURCE), "-o", str(compiled)])
-        _output([*compiler, *_LINK_FLAGS, str(compiled), "-o", str(linked), "-lm"])
+        linked, flags = Path(folder) / "rows.so", (*_COMPILE_FLAGS, *_LAYOUT_FLAGS)
+        compiled = [str(Path(folder) / f"{source.stem}.o") for source in _SOURCES]
+        for source, object_file in zip(_SOURCES, compiled, strict=True):
+            _output([*compiler, *flags, "-c", str(source), "-o", object_file])
+        _output([*compiler, *_LINK_FLAGS, *compiled, "-o", str(linked), "-lm"])
         ctypes.CDLL(str(linked), mode=os.RTLD_NOW)  # what does not load must not stay in the cache
         linked.replace(path)
 
@@ -331,6 +435,21 @@ def _check(found: Library) -> None:
             (found.swiglu(rows), functional.swiglu(rows), bound),
             (found.rope(qkv, cos, sin), functional.rope(qkv, cos, sin), bound),
         ]
-    for actual, expected, bound in cases:
-        if not torch.allclose(actual.float(), expected.float(), rtol=bound, atol=bound):
+    logits, policy = noise(2, 77), torch.zeros(at.POLICY_WORDS)
+    policy[at.GAMMA_CAP] = 3.0  # fixed
+    states = []
+    for step in (found.draft_step, reference.draft_step):
+        state = StepState.allocate(2, 32, logits.device)
+        for b in range(2):
+            state.reset(b, [1, 2, 3], limit=20, request=b)
+        state.rows[:, at.STOP] = 0
+        seeds = torch.tensor([5, 6])
+        step(logits, state, policy, inv_temperature=torch.ones(2), seeds=seeds)
+        states.append(state)
+    ours, expected = states
+    for name in ("rows", "running", "sequence"):
+        cases.append((getattr(ours, name), getattr(expected, name), 1e-5))
+    cases.append((ours.signals[:, 0], expected.signals[:, 0], 1e-5))
+    for actual, wanted, bound in cases:
+        if not torch.allclose(actual.float(), wanted.float(), rtol=bound, atol=bound):
             raise _UnavailableError(f"{found.path} computes something else than torch")

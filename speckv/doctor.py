@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._cli_output import progress_bar
 from ._version import __version__
-from .machine import cpu_fields, cpu_name
+from .machine import cpu_fields, cpu_name, package_version
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,7 +90,7 @@ def examine(console: Console) -> Report:
     versions: dict[str, str | None] = {
         "speckv": __version__,
         "python": platform.python_version(),
-        **{name: _installed(name) for name in _PACKAGES},
+        **{name: package_version(name) for name in _PACKAGES},
     }
     missing += _package_problems(versions)
     cpu_problem = _cpu_problem()
@@ -298,13 +298,6 @@ def _declared_ranges() -> dict[str, Any]:
         return {}
     requirements = [Requirement(text) for text in declared]
     return {r.name: r.specifier for r in requirements if r.marker is None or r.marker.evaluate()}
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu_problem() -> str | None:

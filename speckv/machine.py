@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,3 +33,11 @@ def device_name(device: torch.device) -> str:
     import torch
 
     return torch.cuda.get_device_name(device)
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed package; None where there is none."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

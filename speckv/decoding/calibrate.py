@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -19,21 +19,26 @@ from torch import Tensor
 
 from ..files import write_atomically
 from ..kernels import layout as at
+from ..kernels import native
 from ..kernels.layout import GAMMA_MAX, WIDTH_MAX, StepState
-from ..machine import device_name
+from ..machine import device_name, package_version
 from ..models.base import CausalModel
 from ..models.hub import cache_root
 from ..models.progress import SlowProgress
-from ..policies import CostTable, parse_policy
+from ..policies import CostTable, StepParts, parse_policy
 from .eager import operations
 from .graphed import capture, synchronize
 from .lookup import Lookup, Lookups, draft_matches
 from .prepared import prepared
+from .trained import identify
 
-_VERSION = 4
-_GAMMAS = (0, 1, 2, 4, 8, 15)
+_VERSION = 5
+_GAMMAS = tuple(range(WIDTH_MAX))
+_SLOPE_GAMMAS = (0, 1, 2, 4, 8, 15)
 _CONTEXTS = (64, 1024)
 _REPEATS = 7
+_PART_REPEATS = 3
+_PACKAGES = ("speckv", "torch", "triton", "bitsandbytes")
 _REPLAYS = 10  # of a graph, for one time
 
 
@@ -59,39 +64,69 @@ def calibrated(
 
 @torch.inference_mode()
 def measure(target: CausalModel, draft: CausalModel | None, *, graphs: bool = False) -> CostTable:
-    """Time whole steps at some γ, in the order of the loop, and fit `CostTable`.
+    """Time whole steps at every γ, in the order of the loop, and fit `CostTable`.
 
     A part alone would find its own weights in the processor's caches, where in a step the other
-    model's were last. Without a draft model a draft token costs what a lookup takes. With
-    ``graphs`` steps are captured first, and their replays are timed.
+    model's were last; so parts are differences of steps with and without them. Without a draft
+    model a draft token costs what a lookup takes. With ``graphs`` steps are captured first, and
+    their replays are timed.
 
-    Medians, the γ taking turns, linear between them. Context slopes, linear in γ, come from two
-    lengths; where noise makes one negative it is zero. The draft's first forward of a step is
-    priced at the two rows that it has after a full acceptance.
+    Medians, the γ taking turns. Context slopes, linear in γ, come from two lengths; where noise
+    makes one negative it is zero. The draft's first forward of a step is priced at the two rows
+    that it has after a full acceptance, and each row more of one that catches up at its share of
+    what sixteen take more.
     """
     models = [target] if draft is None else [target, draft]
     longest = min(model.max_positions for model in models) - WIDTH_MAX
     contexts = [context for context in _CONTEXTS if context <= longest] or [1]
     steps = _Steps(target, draft, contexts[-1] + WIDTH_MAX)
-    with SlowProgress("Measuring costs", len(contexts) * (_REPEATS + 1)) as progress:
-        near, *others = [
-            _medians_ms(
-                [_timed(steps.of(gamma, context), target.device, graphs) for gamma in _GAMMAS],
-                progress.advance,
+    turns = _REPEATS + 1
+    rounds = 2 * turns + (_PART_REPEATS + 1 if len(contexts) == 1 else turns + _PART_REPEATS + 1)
+    with SlowProgress("Measuring costs", rounds) as progress:
+
+        def medians(calls: Sequence[Callable[[], None]], repeats: int = _REPEATS) -> list[float]:
+            timed = [_timed(call, target.device, graphs) for call in calls]
+            return _medians_ms(timed, progress.advance, repeats)
+
+        near = medians([steps.of(gamma, contexts[0]) for gamma in _GAMMAS])
+        slope = [0.0] * WIDTH_MAX
+        if len(contexts) > 1:
+            far = medians([steps.of(gamma, contexts[1]) for gamma in _SLOPE_GAMMAS])
+            span = contexts[1] - contexts[0]
+            slope = _slopes(
+                [(ms - near[g]) / span for g, ms in zip(_SLOPE_GAMMAS, far, strict=True)]
             )
-            for context in contexts
-        ]
-    far, span = others[-1] if others else near, max(contexts[-1] - contexts[0], 1)
-    slope = _slopes([(f - n) / span for n, f in zip(near, far, strict=True)])
+        without = [steps.of(g, contexts[0], drafting=False) for g in _GAMMAS]
+        bare = [steps.of(g, contexts[0], drafting=False, verifying=False) for g in _GAMMAS]
+        parts = medians([*without, *bare], _PART_REPEATS)
+        catch_up_ms = 0.0
+        rows = min(WIDTH_MAX, contexts[0])
+        if draft is not None and rows > 2:
+            few, many = medians([steps.of(1, contexts[0], first_rows=n) for n in (2, rows)])
+            catch_up_ms = max(many - few, 0.0) / (rows - 2)
     lookup_ms = _lookup_ms(target) if draft is None else 0.0
-    at_zero = _interpolate(
-        _GAMMAS,
-        [
-            max(ms - slope[gamma] * contexts[0], 1e-3) + lookup_ms * gamma
-            for gamma, ms in zip(_GAMMAS, near, strict=True)
-        ],
+    at_zero = [
+        max(ms - slope[gamma] * contexts[0], 1e-3) + lookup_ms * gamma
+        for gamma, ms in zip(_GAMMAS, near, strict=True)
+    ]
+    return CostTable(
+        tuple(float(ms) for ms in np.maximum.accumulate(at_zero)),
+        tuple(slope),
+        catch_up_ms,
+        _parts(near, parts[:WIDTH_MAX], parts[WIDTH_MAX:], lookup_ms),
     )
-    return CostTable(tuple(at_zero), tuple(slope))
+
+
+def _parts(
+    whole: list[float], without_drafts: list[float], bare: list[float], lookup_ms: float
+) -> StepParts:
+    """From steps by γ: whole ones, those without draft forwards, those without any forward."""
+    drafts = [(whole[g] - without_drafts[g]) / g for g in _GAMMAS[1:]]
+    return StepParts(
+        draft_ms=max(median(drafts), 0.0) + lookup_ms,
+        verify_ms=tuple(max(a - b, 0.0) for a, b in zip(without_drafts, bare, strict=True)),
+        overhead_ms=tuple(bare),
+    )
 
 
 class _Steps:
@@ -106,13 +141,30 @@ class _Steps:
         _begin_step(self.state, [0])
         self.rows = self.state.rows.clone()
 
-    def of(self, gamma: int, context: int) -> Callable[[], None]:
-        """A step that drafts and verifies ``gamma`` tokens after ``context`` others."""
+    def of(
+        self,
+        gamma: int,
+        context: int,
+        *,
+        first_rows: int = 2,
+        drafting: bool = True,
+        verifying: bool = True,
+    ) -> Callable[[], None]:
+        """A step that drafts and verifies ``gamma`` tokens after ``context`` others.
+
+        The draft's first forward has ``first_rows`` rows. Without ``drafting`` the draft's
+        forwards are left out, without ``verifying`` the target's: their logits are kept ones.
+        """
         drafts: list[Callable[[], Tensor]] = []
         if self.draft is not None:
-            places = [(2, context - 1), *((1, context + i) for i in range(1, gamma))]
+            first = (first_rows, context + 1 - first_rows)
+            places = [first, *((1, context + i) for i in range(1, gamma))]
             drafts = [self._forward(self.draft, *place) for place in places[:gamma]]
+            if not drafting:
+                drafts = [_kept(forward) for forward in drafts]
         verify = self._forward(self.target, gamma + 1, context)
+        if not verifying:
+            verify = _kept(verify)
 
         def step() -> None:
             self.state.rows.copy_(self.rows)
@@ -133,6 +185,12 @@ class _Steps:
         slots = torch.zeros(1, dtype=torch.int64, device=device)
         positions = torch.arange(start, start + width, device=device)[None]
         return lambda: model.forward(tokens, positions, cache, slots=slots)
+
+
+def _kept(forward: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Gives what one call of ``forward`` gave."""
+    logits = forward()
+    return lambda: logits
 
 
 def _timed(call: Callable[[], object], device: torch.device, graphs: bool) -> Callable[[], float]:
@@ -157,19 +215,21 @@ def _timed(call: Callable[[], object], device: torch.device, graphs: bool) -> Ca
 
 
 def _medians_ms(
-    timed: list[Callable[[], float]], advance: Callable[[], None] = lambda: None
+    timed: Sequence[Callable[[], float]],
+    advance: Callable[[], None] = lambda: None,
+    repeats: int = _REPEATS,
 ) -> list[float]:
     """The median of each, taking turns, after one that does not count."""
     times: list[list[float]] = []
-    for _ in range(_REPEATS + 1):
+    for _ in range(repeats + 1):
         times.append([time() for time in timed])
         advance()
     return [median(each) for each in zip(*times[1:], strict=True)]
 
 
 def _slopes(measured: list[float]) -> list[float]:
-    """Milliseconds a context token at γ 0..15: the line through those of ``_GAMMAS``."""
-    rise, base = np.polyfit(_GAMMAS, measured, 1)
+    """Milliseconds a context token at γ 0..15: the line through those of ``_SLOPE_GAMMAS``."""
+    rise, base = np.polyfit(_SLOPE_GAMMAS, measured, 1)
     if rise < 0 or base < 0:
         rise, base = 0.0, max(median(measured), 0.0)
     return [float(base + rise * gamma) for gamma in range(WIDTH_MAX)]
@@ -200,23 +260,18 @@ def _begin_step(state: StepState, text: list[int]) -> None:
     state.rows[0, at.STOP] = 0
 
 
-def _interpolate(gammas: tuple[int, ...], values: list[float]) -> list[float]:
-    """Values at γ 0..15, linear between the measured ones and never falling."""
-    between = np.interp(range(WIDTH_MAX), gammas, values)
-    return [float(ms) for ms in np.maximum.accumulate(between)]
-
-
 def _key(target: CausalModel, draft: CausalModel | None, graphs: bool) -> str:
     """Costs change with any of these."""
     models = [target] if draft is None else [target, draft]
     facts = [
         _VERSION,
-        torch.__version__,
+        *(package_version(name) for name in _PACKAGES),
         device_name(target.device),
         torch.get_num_threads(),
         torch.backends.cpu.get_cpu_capability(),
+        native.library() is not None,
         graphs,
-        *([m.name, m.compression, str(m.dtype), m.vocab_size] for m in models),
+        *([*identify(m).values(), m.compression, str(m.dtype)] for m in models),
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
@@ -224,14 +279,13 @@ def _key(target: CausalModel, draft: CausalModel | None, graphs: bool) -> str:
 def _read(path: Path) -> CostTable | None:
     """The table in ``path``; None if there is none or it is not whole, so that it is remade."""
     try:
-        data = json.loads(path.read_text())
-        return CostTable(tuple(data["step_ms"]), tuple(data["step_ms_per_context_token"]))
+        return CostTable.from_dict(json.loads(path.read_text()))
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _write(path: Path, table: CostTable) -> None:
-    text = json.dumps(vars(table))
+    text = json.dumps(table.to_dict())
     try:
         write_atomically(path, lambda temporary: temporary.write_text(text))
     except OSError:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NumericsError
+from ..kernels import cpu_step
 from ..kernels import layout as at
-from ..kernels import reference
 from ..kernels.layout import StepState
 from ..models.base import CausalModel
 from ..models.cache import KVCache
@@ -88,7 +88,7 @@ class _Run:
 
 @dataclass
 class Seconds:
-    """Host wall time by part, in seconds."""
+    """Host wall time by part, in seconds; ``prefill`` is of the prompt, in either model."""
 
     prefill: float = 0.0
     draft: float = 0.0
@@ -204,6 +204,7 @@ class EagerLoop:
                 run.state.rows[b, at.STOP] = rows[b][at.STOP] = 1
         slots = drafting(rows)
         forward = self._catch_up
+        self._feed_prompts(run, rows, slots)
         while slots:
             start = self._now()
             logits = forward(run, rows, slots)
@@ -238,16 +239,30 @@ class EagerLoop:
             return self.lookup is not None
         return row[at.LENGTH] + at.GAMMA_MAX > self.draft.max_positions
 
+    def _feed_prompts(self, run: _Run, rows: list[list[int]], slots: list[int]) -> None:
+        """Feed the draft the texts of which it has seen nothing, but for their last token."""
+        new = [b for b in slots if not run.draft_length[b]]
+        if new:
+            start = self._now()
+            self._feed(run, rows, new, left=1)
+            self.seconds.prefill += self._now() - start
+
+    def _feed(self, run: _Run, rows: list[list[int]], slots: list[int], left: int) -> None:
+        """Feed the draft the committed tokens that it lacks, but for the last ``left``."""
+        draft, cache = self._require_draft()
+        held = run.draft_length
+        for b in slots:
+            behind = rows[b][at.LENGTH] - left
+            if held[b] < behind:
+                tokens = self._known(run.state.sequence[b, held[b] : behind])
+                draft.prefill(tokens, cache, b, start=held[b], want_logits=False)
+                held[b] = behind
+
     def _catch_up(self, run: _Run, rows: list[list[int]], slots: list[int]) -> Tensor:
         """Feed the draft the committed tokens it lacks; logits [len(slots), V_draft]."""
         draft, cache = self._require_draft()
         sequence, held = run.state.sequence, run.draft_length
-        for b in slots:
-            behind = rows[b][at.LENGTH] - at.WIDTH_MAX
-            if held[b] < behind:
-                tokens = self._known(sequence[b, held[b] : behind])
-                draft.prefill(tokens, cache, b, start=held[b], want_logits=False)
-                held[b] = behind
+        self._feed(run, rows, slots, left=at.WIDTH_MAX)
         start = [held[b] for b in slots]
         lag = [rows[b][at.LENGTH] - held[b] for b in slots]
         for b in slots:
@@ -397,12 +412,12 @@ def not_finite(row: int, position: int, error: int) -> NumericsError:
 
 
 def operations(device: torch.device) -> Any:
-    """Where `draft_step`, `verify` and `cutoff` come from: kernels on CUDA, else the reference.
+    """Where `draft_step`, `verify` and `cutoff` come from: kernels on CUDA, else `cpu_step`.
 
     A loop uses them through `prepared`, which validates the kernels' arguments once a run.
     """
     if device.type != "cuda":
-        return reference
+        return cpu_step
     from .. import kernels
 
     return kernels

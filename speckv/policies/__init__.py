@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .cost import CostTable
+from .cost import CostTable, StepParts
 from .mlp import Mlp
 from .policy import Policy, parse_policy
 
-__all__ = ["CostTable", "Mlp", "Policy", "parse_policy"]
+__all__ = ["CostTable", "Mlp", "Policy", "StepParts", "parse_policy"]

@@ -223,7 +223,7 @@ def to_dict(
             "answers": len(trace.answers),
             "positions": len(trace.rows),
         },
-        "costs": {cell.compression: asdict(costs[cell.compression]) for cell in found.cells},
+        "costs": {cell.compression: costs[cell.compression].to_dict() for cell in found.cells},
         "split": {
             "train_share": train_share,
             "seed": seed,

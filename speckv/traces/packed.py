@@ -1,8 +1,8 @@
 """The policies of `speckv.policies` as controllers of a replay: `decide`, for many rows at once.
 
-Features are folded in the reference's own order of operations and rounded where it rounds. Sums
-over the MLP's units may differ from the reference's in their last bits; where that could change a
-decision, the reference itself decides. So replayed decisions are those of the CPU loop.
+Features are folded in the loop's own order of operations and rounded where it rounds. Sums over the
+MLP's units may differ from the loop's in their last bits; where that could change a decision, the
+loop's own function decides. So replayed decisions are those of the CPU loop.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
+from ..kernels import cpu_step
 from ..kernels import layout as at
-from ..kernels import reference
 from .schema import Answer
 
 Tokens = Callable[[np.ndarray], np.ndarray]
@@ -147,7 +147,7 @@ class PackedController:
             rows = [0] * at.ROW_WORDS
             rows[at.DRAFTED], rows[at.LENGTH] = drafted, int(length[i])
             rows[at.MATCH_LENGTH] = int(match[i])
-            more[i] = reference.best_gamma(self._policy, rows, running) > drafted
+            more[i] = cpu_step.best_gamma(self._policy, rows, running) > drafted
         return more
 
 

@@ -132,6 +132,7 @@ def replay(trace: Trace, controller: Controller, cost: CostTable) -> Replayed:
     limit = np.array([a.limit for a in answers], dtype=np.int64)
     step_ms, slope = np.array(cost.step_ms), np.array(cost.step_ms_per_context_token)
     place = np.ones(len(answers), dtype=np.int64)
+    behind = np.zeros(len(answers), dtype=np.int64)  # tokens that plain steps left to the draft
     record: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     ms = np.zeros(len(answers))
     controller.start(answers)
@@ -147,6 +148,8 @@ def replay(trace: Trace, controller: Controller, cost: CostTable) -> Replayed:
         left = end[lanes] - at
         record.append((lanes, gamma, np.minimum(matched, left)))
         ms[lanes] += step_ms[gamma] + slope[gamma] * length
+        ms[lanes] += np.where(gamma > 0, cost.catch_up_ms * behind[lanes], 0.0)
+        behind[lanes] = np.where(gamma > 0, 0, behind[lanes] + 1)
         place[lanes] += np.minimum(matched + 1, left)
         lanes = lanes[place[lanes] < end[lanes]]
     none = [(np.zeros(0, dtype=np.int64),) * 3]
@@ -215,7 +218,8 @@ class Oracle:
     """Knows what will be accepted and takes the least time: the ceiling of every policy.
 
     γ at each place is that of the shortest path through the answer, by dynamic programming from
-    its end: ``T(i) = min over γ of cost(γ) + T(i + min(γ, accepted_i) + 1)``.
+    its end: ``T(i) = min over γ of cost(γ) + T(i + min(γ, accepted_i) + 1)``. Where plain steps
+    leave the draft to catch up, each is charged for its token at once.
     """
 
     def __init__(self, trace: Trace, cost: CostTable) -> None:
@@ -262,7 +266,8 @@ def _least_time(trace: Trace, cost: CostTable) -> np.ndarray:
         kept = np.minimum(rows.accepted[row, None], gammas)
         after = np.minimum(place + kept + 1, end[lanes, None])
         slope = np.array(cost.step_ms_per_context_token)
-        own = np.array(cost.step_ms) + slope * (prompt[lanes, None] + place)
+        caught_up = np.where(gammas > 0, 0.0, cost.catch_up_ms)
+        own = np.array(cost.step_ms) + caught_up + slope * (prompt[lanes, None] + place)
         ms = np.where(gammas <= room[:, None], own + left[lanes[:, None], after], np.inf)
         best[row] = ms.argmin(axis=1)
         left[lanes, place] = ms.min(axis=1)

@@ -124,7 +124,7 @@ class TraceInfo:
             facts = json.loads(text)
             kind = (facts["format"], facts["version"], facts["gamma_max"])
             if kind == (FORMAT, VERSION, GAMMA_MAX):
-                costs = {name: CostTable(**_tuples(c)) for name, c in facts["costs"].items()}
+                costs = {name: CostTable.from_dict(c) for name, c in facts["costs"].items()}
                 names = ("target", "draft", "device", "versions", "recipe")
                 return cls(**{name: facts[name] for name in names}, costs=costs)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -133,10 +133,6 @@ class TraceInfo:
             f"{where}: expected {FORMAT} version {VERSION} with γ up to {GAMMA_MAX}, got {kind}; "
             "record it again with this version of speckv"
         )
-
-
-def _tuples(table: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
-    return {name: tuple(values) for name, values in table.items()}
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,12 @@ def test_a_table_of_whole_steps(graphs: bool, captured: list[Replayed]) -> None:
     table = measure(*pair(), graphs=graphs)
     assert all(ms > 0 for ms in table.step_ms) and min(table.step_ms_per_context_token) >= 0
     assert list(table.step_ms) == sorted(table.step_ms)
-    assert len(captured) in ((12, 6) if graphs else (0,)), "one a γ and context length"
-    each = (calibrate._REPEATS + 1) * calibrate._REPLAYS
-    assert all(graph.replays == each for graph in captured)
+    assert table.parts is not None and len(table.parts.verify_ms) == WIDTH_MAX
+    assert len(captured) == (50 if graphs else 0), "each γ, its parts, two of catching up"
+    turns = {calibrate._REPEATS + 1, calibrate._PART_REPEATS + 1}
+    assert {graph.replays // calibrate._REPLAYS for graph in captured} == (
+        turns if graphs else set()
+    )
 
 
 def test_a_step_is_the_loops(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,13 +105,22 @@ def test_costs_of_parts_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setattr(model, "forward", slow)
 
-    taking(target, lambda width, start: 10 + width + 0.01 * start)
-    taking(draft, lambda width, start: 2.0 + 0.002 * start)
+    taking(target, lambda width, start: 10 + width + (width == 4) + 0.01 * start)
+    taking(draft, lambda width, start: 1.9 + 0.05 * width + 0.002 * start)
     monkeypatch.setattr(calibrate, "perf_counter", lambda: now[0])
     table = measure(target, draft)
     for gamma in range(WIDTH_MAX):
-        assert table.step_ms[gamma] == pytest.approx(11 + 3 * gamma, abs=0.25)
+        drafts = sum(1.95 + 0.002 * j for j in range(gamma)) + 0.05 * (gamma > 0)
+        jag = gamma == 3  # each γ is measured: what only one of them costs is seen
+        assert table.step_ms[gamma] == pytest.approx(11 + gamma + jag + drafts, abs=0.02)
         assert table.step_ms_per_context_token[gamma] == pytest.approx(0.01 + 0.002 * gamma)
+    assert table.catch_up_ms == pytest.approx(0.05, abs=0.01)
+    parts = table.parts
+    assert parts is not None
+    assert parts.draft_ms == pytest.approx(1.97, abs=0.05)
+    for width, ms in enumerate(parts.verify_ms, start=1):
+        assert ms == pytest.approx(10.08 + width + (width == 4), abs=0.01)
+    assert max(parts.overhead_ms) == 0
 
 
 def test_kinds_of_loop_have_tables_of_their_own(
@@ -127,3 +139,86 @@ def test_kinds_of_loop_have_tables_of_their_own(
     assert (calibrated(*models), calibrated(*models, graphs=True)) == (eager, graphs)
     assert eager != graphs and measured == [False, True]
     assert calibrated(*models, graphs=True, anew=True) not in (eager, graphs)
+
+
+def _other_name(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    model.name = "another"
+
+
+def _other_checkpoint(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    model.fingerprint = "another"
+
+
+def _other_format(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    model.compression = "int8"
+
+
+def _other_dtype(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    model.dtype = "another"
+
+
+def _other_threads(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    monkeypatch.setattr(calibrate.torch, "get_num_threads", lambda: 99)
+
+
+def _other_device(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    monkeypatch.setattr(calibrate, "device_name", lambda device: "another")
+
+
+def _other_version(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    monkeypatch.setattr(calibrate, "package_version", lambda name: "another")
+
+
+def _no_native(monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    monkeypatch.setattr(calibrate.native, "library", lambda: None)
+
+
+class _Named:
+    """What the key of a table asks of a model."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.fingerprint, self.vocab_size = name, "0" * 64, 99
+        self.compression, self.dtype = "fp32", "float32"
+        self.device = pair()[0].device
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _other_name,
+        _other_checkpoint,
+        _other_format,
+        _other_dtype,
+        _other_threads,
+        _other_device,
+        _other_version,
+        _no_native,
+    ],
+)
+@pytest.mark.parametrize("which", ["target", "draft"])
+def test_costs_are_measured_again_when_what_they_depend_on_changes(
+    change: Callable[[pytest.MonkeyPatch, Any], None], which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: dict[str, Any] = {name: _Named(name) for name in ("target", "draft")}
+    monkeypatch.setattr(calibrate.native, "library", lambda: object())
+    before = calibrate._key(models["target"], models["draft"], False)
+    assert calibrate._key(models["target"], models["draft"], False) == before
+    change(monkeypatch, models[which])
+    assert calibrate._key(models["target"], models["draft"], False) != before
+
+
+def test_a_cached_table_that_is_not_whole_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    tables = [CostTable.from_parts(draft_ms=1.0, verify_ms=[ms] * 16) for ms in (2.0, 3.0, 4.0)]
+    left = iter(tables)
+    monkeypatch.setattr(calibrate, "measure", lambda *pair, graphs: next(left))
+    models = pair()
+    assert calibrated(*models) == calibrated(*models) == tables[0]
+    (path,) = (tmp_path / "costs").iterdir()
+    whole = path.read_text()
+    path.write_text(whole[: len(whole) // 2])
+    assert calibrated(*models) == calibrated(*models) == tables[1]
+    path.write_text(whole.replace("2.0", "NaN"))
+    assert calibrated(*models) == tables[2]

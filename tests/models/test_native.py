@@ -254,14 +254,34 @@ def test_a_compiler_that_fails(
     assert not list(tmp_path.rglob("*.so"))
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("silu = gate / (1.0f", "silu = gate / (1.1f"),
+        ("return -logf(u", "return -1.1f * logf(u"),
+        ("rows[AT_LENGTH] + drafted] = id;", "rows[AT_LENGTH] + drafted] = id + 1;"),
+    ],
+)
 def test_a_library_that_computes_something_else(
-    fresh: None, monkeypatch: pytest.MonkeyPatch, library: native.Library, tmp_path: Path
+    fresh: None,
+    monkeypatch: pytest.MonkeyPatch,
+    library: native.Library,
+    tmp_path: Path,
+    right: str,
+    wrong: str,
 ) -> None:
-    source = native._SOURCE.read_text()
-    wrong = tmp_path / "native.c"
-    wrong.write_text(source.replace("silu = gate / (1.0f", "silu = gate / (1.1f"))
-    assert wrong.read_text() != source
-    monkeypatch.setattr(native, "_SOURCE", wrong)
+    changed = []
+    for source in native._SOURCES:
+        changed.append(tmp_path / source.name)
+        changed[-1].write_text(source.read_text().replace(right, wrong))
+    assert (
+        sum(
+            new.read_text() != old.read_text()
+            for new, old in zip(changed, native._SOURCES, strict=True)
+        )
+        == 1
+    )
+    monkeypatch.setattr(native, "_SOURCES", tuple(changed))
     monkeypatch.setenv("SPECKV_CACHE", str(tmp_path))
     assert native.library() is None
     assert native.status().endswith("computes something else than torch")

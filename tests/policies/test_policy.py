@@ -107,6 +107,8 @@ def test_a_cost_table_is_whole_and_positive() -> None:
     for bad in (-1e-9, math.nan, math.inf):
         with pytest.raises(ValueError, match=f"_token: expected finite .* got {bad}"):
             CostTable((1.0,) * 16, (*(0.0,) * 15, bad))
+        with pytest.raises(ValueError, match=f"catch_up_ms: expected a finite .* got {bad}"):
+            CostTable((1.0,) * 16, (0.0,) * 16, catch_up_ms=bad)
 
 
 def tensors() -> dict[str, Tensor]:

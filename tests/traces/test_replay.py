@@ -20,6 +20,7 @@ from speckv.traces.decisions import Explorer, decisions
 from speckv.traces.packed import PackedController
 from speckv.traces.replay import Controller, Oracle, Replayed, replay
 from speckv.traces.schema import Answer, Trace, join
+from speckv.traces.tries import Planned
 from tests import causality
 from tests.traces.conftest import POLICIES, survival_policy
 from tests.traces.synthetic import COST, INFO, made_up_rows, made_up_trace
@@ -78,6 +79,16 @@ def test_plain_decoding() -> None:
     np.testing.assert_array_equal(found.steps, trace.lengths - 1)
     assert found.tokens_per_step == 1.0
     assert found.tokens_per_second == pytest.approx(1e3 / COST.step_ms[0])
+
+
+def test_a_draft_that_plain_steps_left_behind_catches_up() -> None:
+    trace = one_answer(accepted=[0] * 8, limit=10)
+    cost = replace(CHEAP, catch_up_ms=0.5)
+    planned = Planned(trace, np.array([0, 0, 0, 2, 0, 1, 1, 0]))
+    found = replay(trace, planned, cost)
+    assert found.steps_of(0) == [(g, 0) for g in (0, 0, 2, 0, 1, 1, 0)]
+    # Two tokens, then one; those of the last plain step are never fed.
+    assert found.ms[0] - replay(trace, planned, CHEAP).ms[0] == pytest.approx(3 * 0.5)
 
 
 def least_ms(trace: Trace, cost: CostTable, place: int) -> float:

@@ -108,6 +108,11 @@ def costs_of(first: object, slopes: object = FLAT) -> str:
         (costs_of(float("nan")), "fp32: step_ms: expected positive, finite values, got nan"),
         (costs_of(float("inf")), "fp32: step_ms: expected positive, finite values, got inf"),
         (costs_of(0), "fp32: step_ms: expected positive, finite values, got 0.0"),
+        (
+            costs_of(1.0).replace("}}", ', "catch_up_ms": -1}}'),
+            "fp32: catch_up_ms: expected a finite value of at least 0, got -1.0",
+        ),
+        (costs_of(1.0).replace("}}", ', "parts": 3}}'), "fp32: "),
         (costs_of(1.0, [-0.1] * 16), "expected finite values of at least 0, got -0.1"),
     ],
 )
