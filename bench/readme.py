@@ -229,17 +229,19 @@ def _decision(results: Results) -> Iterator[str]:
         yield "What a decision costs beside the paper's has not been measured.\n"
     for row in rows:
         us, cheaper = row["us"], row["times_cheaper"]
+        packed = "packed and compiled" if row["compiled"] else "packed"
         yield _paragraph(
             f"A decision on the CPU: the paper's four `predict` calls take {_us(us['predict'])}, "
-            f"the same MLP, packed, {_us(us['paper'])}, {cheaper['paper']:.0f} times less, and the "
-            f"trained policy's {_us(us['survival'])}, {cheaper['survival']:.0f} times less: "
+            f"the same MLP, {packed}, {_us(us['paper'])}, {cheaper['paper']:.0f} times less, and "
+            f"the trained policy's {_us(us['survival'])}, {cheaper['survival']:.0f} times less: "
             f"medians of {row['decisions']:,} each, by turns, and 99th percentiles; "
             f"{_machine(row)} (`bench/history/{row['file']}`, `{row['command']}`)."
         )
 
 
 def _us(found: Mapping[str, float]) -> str:
-    return f"{found['p50']:.0f} µs ({found['p99']:.0f})"
+    middle, last = (f"{us:.0f}" if us >= 10 else f"{us:.1f}" for us in (found["p50"], found["p99"]))
+    return f"{middle} µs ({last})"
 
 
 def _gpu(results: Results) -> Iterator[str]:

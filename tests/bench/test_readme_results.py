@@ -130,6 +130,7 @@ def test_a_decision() -> None:
     row = {
         "file": "decision-cpu.json",
         "decisions": 5000,
+        "compiled": True,
         "us": {
             "predict": {"p50": 340.4, "p90": 400.0, "p99": 612.0},
             "paper": {"p50": 20.0, "p90": 25.0, "p99": 31.0},
@@ -140,7 +141,7 @@ def test_a_decision() -> None:
         "environment": {**MACHINE, "threads": 1},
     }
     text = " ".join(readme.section({"decision": [row]}).split())
-    assert "four `predict` calls take 340 µs (612), the same MLP, packed, 20 µs (31), 17" in text
+    assert "calls take 340 µs (612), the same MLP, packed and compiled, 20 µs (31), 17" in text
     assert "the trained policy's 17 µs (28), 20 times less: medians of 5,000 each" in text
     assert "1 thread on a processor, 2 cores, AVX2 (`bench/history/decision-cpu.json`" in text
 

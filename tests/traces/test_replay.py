@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
+from speckv.kernels import cpu_step, reference
 from speckv.kernels import layout as at
-from speckv.kernels import reference
 from speckv.kernels.layout import GAMMA_MAX, StepState
 from speckv.policies import CostTable, parse_policy
 from speckv.traces import boosted
@@ -218,17 +219,21 @@ def test_the_causality_test_can_fail() -> None:
     assert found.gamma.tolist() != again.gamma.tolist()
 
 
-def reference_verify(logits: Tensor, state: StepState, policy: Tensor, eos: Tensor) -> None:
-    reference.verify(logits, state, policy, eos=eos)
+ON_THE_CPU = pytest.mark.parametrize("on", [reference, cpu_step], ids=["reference", "cpu path"])
 
 
+@ON_THE_CPU
 @pytest.mark.parametrize("name", causality.POLICIES)
-def test_the_reference_is_causal(name: str) -> None:
+def test_the_step_is_causal(name: str, on: Any) -> None:
     """Nothing beyond the drafted tokens is read: neither signals nor the sequence."""
-    causality.assert_causal(reference.draft_step, reference_verify, causality.packed(name))
+
+    def verify(logits: Tensor, state: StepState, policy: Tensor, eos: Tensor) -> None:
+        on.verify(logits, state, policy, eos=eos)
+
+    causality.assert_causal(on.draft_step, verify, causality.packed(name))
 
 
+@ON_THE_CPU
 @pytest.mark.parametrize("name", causality.THAT_LOOK)
-def test_decisions_follow_the_logits_of_their_own_token(name: str) -> None:
-    packed = causality.packed(name)
-    causality.assert_decisions_follow_the_logits(reference.draft_step, packed)
+def test_decisions_follow_the_logits_of_their_own_token(name: str, on: Any) -> None:
+    causality.assert_decisions_follow_the_logits(on.draft_step, causality.packed(name))
