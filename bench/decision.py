@@ -21,8 +21,8 @@ import torch
 from bench.environment import command, environment, write_json
 from bench.lab import COST
 from speckv.decoding.trained import SHIPPED
+from speckv.kernels import cpu_step
 from speckv.kernels import layout as at
-from speckv.kernels import reference
 from speckv.models.slice_draft import shipped_drafts
 from speckv.paper.data import COMPRESSIONS, GAMMAS, Floats
 from speckv.paper.decision import choose, paper_policy, running_features, timed
@@ -81,8 +81,8 @@ def measure(decisions: int) -> dict[str, Any]:
             paper[at.COMPRESSION] = survival[at.COMPRESSION] = row[4]
             calls: dict[str, tuple[Any, ...]] = {
                 "predict": (choose, regressor, row),
-                "paper": (reference.best_gamma, paper, rows, running),
-                "survival": (reference.best_gamma, survival, rows, running),
+                "paper": (cpu_step.best_gamma, paper, rows, running),
+                "survival": (cpu_step.best_gamma, survival, rows, running),
             }
             names = list(calls)
             turn = i % len(names)
