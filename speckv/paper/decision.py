@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels import cpu_step
 from ..kernels import layout as at
-from ..kernels import reference
 from ..policies.policy import Policy
 from .data import GAMMAS, Floats
 from .policy import pack
@@ -30,7 +30,7 @@ class DecisionCost:
     predict_ms : float
         Four calls of the regressor's ``predict``, one for each γ, as the paper times it.
     packed_ms : float
-        `speckv.kernels.reference.best_gamma` on the packed weights: what runs on the CPU.
+        `speckv.kernels.cpu_step.best_gamma` on the packed weights: what runs on the CPU.
     decisions : int
         Of each kind.
     same_choice : float
@@ -71,7 +71,7 @@ def time_decisions(regressor: Any, inputs: Floats, decisions: int = 1000) -> Dec
             running = running_features(row)
             packed[at.COMPRESSION] = row[4]
             theirs, theirs_ms = timed(choose, regressor, row)
-            ours, ours_ms = timed(reference.best_gamma, packed, rows, running)
+            ours, ours_ms = timed(cpu_step.best_gamma, packed, rows, running)
             if i >= _WARM_UP:
                 predict_ms.append(theirs_ms)
                 packed_ms.append(ours_ms)
