@@ -28,6 +28,7 @@ from ..kernels.layout import GAMMA_MAX, WIDTH_MAX
 from ..policies import CostTable
 from ..policies.mlp import SHAPES, Mlp
 from ..policies.policy import mlp_policy
+from .baselines import Static
 from .calibration import surprise
 from .decisions import Decisions, Explorer, decisions, join_decisions
 from .packed import PackedController
@@ -35,7 +36,7 @@ from .replay import Replayed, replay
 from .schema import Trace
 
 _SETTINGS = {
-    "learning_rate": 0.06,
+    "learning_rate": 0.1,
     "max_leaf_nodes": 24,
     "min_samples_leaf": 150,
     "l2_regularization": 10.0,
@@ -43,12 +44,12 @@ _SETTINGS = {
     "early_stopping": False,
     "random_state": 0,
 }
-_STRIDE, _MOST_TREES = 20, 400
-_FOLDS = 4
+_STRIDE, _MOST_TREES = 15, 300
+_FOLDS = 3
 _AHEAD = 3
 """Tokens whose acceptance has models of its own; further ones fall off at the last one's rate."""
 
-_ROUNDS = 2
+_ROUNDS = 1  # of gathering decisions under the models themselves
 _UNDRAFTED = 2  # decisions learned from beyond those that were taken, in each step
 
 
@@ -145,17 +146,17 @@ class Ceiling:
             key: trace.where(lambda a, key=key: (a.compression, a.temperature) == key)  # type: ignore[misc]
             for key in keys
         }
-        self._rates = {key: 1 / costs[key[0]].step_ms[0] for key in keys}
+        self._rates = {key: _static_rate(cell, costs[key[0]]) for key, cell in self._cells.items()}
         seen = [
             decisions(cell, replay(cell, Explorer(seed), costs[key[0]]))
             for seed, (key, cell) in enumerate(self._cells.items())
         ]
-        for number in range(_ROUNDS):
-            if number:
-                seen += self._own_decisions()
+        self._models = self._fitted(join_decisions(seen))
+        for _ in range(_ROUNDS):
+            seen += [each for key in keys for each in self._own_decisions(key)]
             self._models = self._fitted(join_decisions(seen))
-            for key in keys:
-                self._solve(key)
+        for key in keys:
+            self._solve(key)
 
     def controller(self, compression: str, temperature: float) -> PackedController:
         """That of one compression and temperature of the trace, by all folds' models."""
@@ -187,19 +188,29 @@ class Ceiling:
     def _solve(self, key: tuple[str, float], tolerance: float = 5e-3, rounds: int = 6) -> None:
         """λ: the rate that is reached with it, out of fold."""
         for _ in range(rounds):
-            parts = [found for _, found in self._out_of_fold(key)]
-            tokens, ms = (sum(float(getattr(p, n).sum()) for p in parts) for n in ("tokens", "ms"))
-            before, self._rates[key] = self._rates[key], tokens / ms if ms else self._rates[key]
+            before, self._rates[key] = self._rates[key], _rate(self._out_of_fold(key))
             if abs(self._rates[key] - before) <= tolerance * before:
                 break
 
-    def _own_decisions(self) -> list[Decisions]:
-        return [
-            decisions(part, found, ahead=_UNDRAFTED)
-            for key in self._cells
-            for part, found in self._out_of_fold(key)
-            if part.answers
-        ]
+    def _own_decisions(self, key: tuple[str, float]) -> list[Decisions]:
+        """Those out of fold, whose rate is λ from then on."""
+        found = [each for each in self._out_of_fold(key) if each[0].answers]
+        self._rates[key] = _rate(found)
+        return [decisions(part, replayed, ahead=_UNDRAFTED) for part, replayed in found]
+
+
+def _rate(parts: Sequence[tuple[Trace, Replayed]]) -> float:
+    """Tokens per millisecond of replays."""
+    tokens, ms = (
+        sum(float(getattr(found, name).sum()) for _, found in parts) for name in ("tokens", "ms")
+    )
+    return tokens / ms
+
+
+def _static_rate(trace: Trace, cost: CostTable) -> float:
+    """Tokens per millisecond at the best fixed γ: λ to begin with."""
+    found = [replay(trace, Static({}, gamma), cost) for gamma in range(WIDTH_MAX)]
+    return max(_rate([(trace, each)]) for each in found)
 
 
 def _outcomes(examples: Decisions, later: bool, ahead: int) -> tuple[np.ndarray, np.ndarray]:
