@@ -45,7 +45,7 @@ _SETTINGS = {
 _FOLDS = 3
 _OURS = (SIGNALS, MATCH)
 _ADAPTATION = (0.005, 0.01, 0.02, 0.05, 0.1)
-_LEAST_CHANCES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+_LEAST_CHANCES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 _NAN = float("nan")
 
 Pair = tuple[np.ndarray, np.ndarray]
