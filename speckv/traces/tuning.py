@@ -287,8 +287,11 @@ def best_settings(family: Family, train: Trace, cost: CostTable) -> Settings:
     if math.prod(map(len, ranges)) <= _EXHAUSTIVE:
         tried += product(*ranges)
     else:
-        for share in _STARTS:
-            values: Values = tuple(choices[int(share * len(choices))] for choices in ranges)
+        for start in range(_STARTS):
+            values: Values = tuple(
+                choices[int((start / _STARTS + _GOLDEN * place) % 1 * len(choices))]
+                for place, choices in enumerate(ranges)
+            )
             while (better := improved(values)) != values:
                 values = better
             tried.append(values)
@@ -296,7 +299,7 @@ def best_settings(family: Family, train: Trace, cost: CostTable) -> Settings:
     return dict(zip(names, best, strict=True))
 
 
-_STARTS = (0.25, 0.5, 0.75)
+_STARTS, _GOLDEN = 6, 0.618  # starts that are spread over all settings together
 
 
 def _tuned_by_task(train: Trace, cost: CostTable) -> Tuned:
