@@ -35,8 +35,10 @@ _BASELINES = (
     "hf-heuristic",
     "adaedl",
     "svip",
+    "confidence",
     "online-logistic",
     "paper",
+    "paper-fitted",
 )
 _CEILING, _ORACLE = "boosted", "oracle"
 
@@ -166,6 +168,36 @@ def _report(results: Results) -> Iterator[str]:
         )
         lines.append(f"| the oracle over the best fixed γ; share of that reached |{gaps}")
         yield "\n".join(lines) + "\n"
+        yield from _undecided(document["cells"])
+
+
+def _undecided(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """How many comparisons with a baseline, cell by cell, have an interval that includes zero."""
+    open_by_name: dict[str, list[str]] = {name: [] for name in _BASELINES}
+    count, lost = 0, []
+    for cell in cells:
+        where = f"{cell['compression']} at {cell['temperature']:g}"
+        for row in cell["rows"]:
+            if row["policy"] not in open_by_name:
+                continue
+            count += 1
+            low, high = row["ours_over_it_95"]
+            if low <= 1 <= high:
+                open_by_name[row["policy"]].append(where)
+            elif high < 1:
+                lost.append(f"`{row['policy']}` in {where}")
+    if not count:
+        return
+    undecided = {name: found for name, found in open_by_name.items() if found}
+    said = "; ".join(f"`{name}` in {', '.join(found)}" for name, found in undecided.items())
+    total = sum(map(len, undecided.values()))
+    kinds = f"{len(cells)} compressions and temperatures apart"
+    listed = f": {said}" if said else ""
+    below = f" `speckv` is slower beyond its interval than {', '.join(lost)}." if lost else ""
+    yield _paragraph(
+        f"Taken by the {kinds}, {total} of {count} comparisons with these baselines have an "
+        f"interval that includes zero{listed}.{below}"
+    )
 
 
 def _gain(row: Mapping[str, Any]) -> str:

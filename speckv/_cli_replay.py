@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from .policies import CostTable
     from .traces.compare import Cell, Comparison, Row
-    from .traces.report import Study
     from .traces.schema import Trace
+    from .traces.study import Study
 
 
 def read_costs(path: Path) -> dict[str, CostTable]:
@@ -75,8 +75,8 @@ def replay_all(
     the trace's own.
     """
     from .traces.compare import compare, split_prompts
-    from .traces.report import Study
     from .traces.schema import read_trace
+    from .traces.study import Study
     from .traces.tuning import DEFAULT, check_policy
 
     names = DEFAULT if policies is None else tuple(dict.fromkeys(policies.split(",")))
@@ -98,20 +98,19 @@ def replay_all(
 
 
 def try_all(study: Study) -> Study:
-    """The study with what else was tried in each of its cells, with a progress bar."""
+    """The study with what else was tried at each temperature, with a progress bar."""
     from dataclasses import replace
 
-    from .traces.tries import tries
+    from .traces.tries import COUNT, tries
 
     tried = {}
-    with progress_bar(stderr_console(), "trying", len(study.found.cells)) as advance:
-        for cell in study.found.cells:
-            key = cell.compression, cell.temperature
-            own = study.trace.where(lambda a, key=key: (a.compression, a.temperature) == key)  # type: ignore[misc]
+    temperatures = study.temperatures
+    with progress_bar(stderr_console(), "trying", COUNT * len(temperatures)) as advance:
+        for temperature in temperatures:
+            own = study.trace.where(lambda a, t=temperature: a.temperature == t)  # type: ignore[misc]
             train = own.where(lambda a: a.prompt_id in study.training)
             judged = own.where(lambda a: a.prompt_id not in study.training)
-            tried[key] = tries(train, judged, cell.compression, study.costs[cell.compression])
-            advance(1)
+            tried[temperature] = tries(train, judged, study.costs, lambda: advance(1))
     return replace(study, tried=tried)
 
 
@@ -196,7 +195,8 @@ def _show_cell(console: Console, cell: Cell) -> None:
     for row in cell.rows:
         if row.settings:
             found = ", ".join(f"{name} {value:g}" for name, value in row.settings.items())
-            console.print(f"tuned {row.policy}: {found}", style="dim", markup=False)
+            edge = f"; at the end of what was tried: {', '.join(row.on_edge)}" * bool(row.on_edge)
+            console.print(f"tuned {row.policy}: {found}{edge}", style="dim", markup=False)
 
 
 def _table(*columns: str, rows: str = "policy") -> Table:

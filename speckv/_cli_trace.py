@@ -28,8 +28,8 @@ Policies = Annotated[
     typer.Option(
         metavar="A,B,...",
         help="Policies, separated by commas: those of --policy elsewhere, static, static-by-task,"
-        " hf-confidence, hf-heuristic, adaedl, svip, confidence, online-logistic, oracle, boosted."
-        " [default: all but the last, which takes minutes]",
+        " hf-confidence, hf-heuristic, adaedl, svip, confidence, online-logistic, oracle,"
+        " paper-fitted, boosted. [default: all but the last two, which take minutes]",
     ),
 ]
 TrainShare = Annotated[
@@ -250,7 +250,7 @@ def report(
         typer.Option(
             "--tries",
             help="Also what other information, training targets and stopping rules would give; "
-            "seconds for each compression and temperature.",
+            "minutes for each temperature.",
         ),
     ] = False,
 ) -> None:

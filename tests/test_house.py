@@ -89,7 +89,7 @@ _MAY_IMPORT = {
     "decoding": {"decoding", "models", "policies", "kernels"},
     "prompts": {"prompts"},
     "training": {"training", "traces", "prompts", *_BELOW_ENGINE},
-    "traces": {"traces", "prompts", *_BELOW_ENGINE},
+    "traces": {"traces", "paper", "prompts", *_BELOW_ENGINE},
     "paper": {"paper", *_BELOW_ENGINE},
     "engine": {"engine", *_BELOW_ENGINE},
 }

@@ -2,7 +2,8 @@
 
 All draft a token, look at it and then decide on the next one, so that every token they look at is
 verified. None sees more than `speckv.traces.replay` shows it. Where a method has a state that
-learns, each answer begins with a fresh one. Settings are for `speckv.traces.tuning` to find.
+learns, each answer begins with a fresh one unless it says otherwise. Settings are for
+`speckv.traces.tuning` to find.
 """
 
 from __future__ import annotations
@@ -156,16 +157,22 @@ class AdaEdl(_Memoryless):
         An answer's first.
     aim : float
         Acceptance rate.
+    cap : int
+        Most draft tokens.
+
+    Attributes
+    ----------
+    threshold : float
     """
 
     _RATE_KEPT, _THRESHOLD_KEPT, _STEP = 0.5, 0.9, 0.01  # β1, β2 and ε of Draft & Verify
 
-    def __init__(self, scale: float, threshold: float, aim: float) -> None:
-        self._scale, self._first, self._aim = scale, threshold, aim
+    def __init__(self, scale: float, threshold: float, aim: float, cap: int = GAMMA_MAX) -> None:
+        self._scale, self.threshold, self._aim, self._cap = scale, threshold, aim, cap
 
     def start(self, answers: Sequence[Answer]) -> None:
         """See `Controller`."""
-        self._threshold = np.full(len(answers), self._first)
+        self._threshold = np.full(len(answers), self.threshold)
         self._rate = np.full(len(answers), self._aim)
 
     def goes_on(
@@ -178,8 +185,8 @@ class AdaEdl(_Memoryless):
     ) -> np.ndarray:
         """See `Controller`."""
         nats = signals[:, at.ENTROPY].astype(np.float64) * math.log(2)
-        more: np.ndarray = 1 - np.sqrt(self._scale * nats) >= self._threshold[lanes]
-        return more
+        sure: np.ndarray = 1 - np.sqrt(self._scale * nats) >= self._threshold[lanes]
+        return sure & (drafted < self._cap)
 
     def learns(self, lanes: np.ndarray, gamma: np.ndarray, accepted: np.ndarray) -> None:
         """See `Controller`."""
@@ -239,6 +246,10 @@ class OnlineLogistic:
     rate : float
         Of stochastic gradient descent.
     cost : CostTable
+    carries : bool
+        Whether what one answer taught holds for the others too, as in a server: the answers of a
+        replay advance side by side, one step at a time, and then share one state. It moves by the
+        mean over what a step of all of them showed. Otherwise each answer begins anew.
 
     Attributes
     ----------
@@ -247,13 +258,17 @@ class OnlineLogistic:
 
     _MEAN_WEIGHT = 0.05
 
-    def __init__(self, prior: Prior, rate: float, cost: CostTable) -> None:
-        self.prior, self._rate = prior, rate
+    def __init__(
+        self, prior: Prior, rate: float, cost: CostTable, *, carries: bool = False
+    ) -> None:
+        self.prior, self._rate, self._carries = prior, rate, carries
         self._ms, self._slope = np.array(cost.step_ms), np.array(cost.step_ms_per_context_token)
 
     def start(self, answers: Sequence[Answer]) -> None:
         """See `Controller`."""
         count = len(answers)
+        own = np.arange(count)
+        self._owner = np.zeros_like(own) if self._carries else own  # whose state is whose
         self._weight = np.tile([self.prior.weight, self.prior.bias], (count, 1))
         self._mean = np.full(count, self.prior.mean)
         self._x = np.zeros((count, GAMMA_MAX))
@@ -276,10 +291,11 @@ class OnlineLogistic:
         match: np.ndarray,
     ) -> np.ndarray:
         """See `Controller`."""
+        owner = self._owner[lanes]
         x = _logit(signals[:, at.CONFIDENCE])
         self._x[lanes, drafted - 1] = x
-        p = _sigmoid(self._weight[lanes, 0] * x + self._weight[lanes, 1])
-        self._mean[lanes] += self._MEAN_WEIGHT * (p - self._mean[lanes])
+        p = self._acceptance(owner, x)
+        self._mean += self._MEAN_WEIGHT * self._mean_by(owner, p - self._mean[owner])
         self._survival[lanes] *= p
         self._expected[lanes] += self._survival[lanes]
         return self._pays(lanes, length, drafted)
@@ -289,12 +305,20 @@ class OnlineLogistic:
         self._plain_run[lanes] = np.where(gamma > 0, 0, self._plain_run[lanes] + 1)
         for j in range(int(gamma.max(initial=0))):
             seen = (j <= accepted) & (j < gamma)
-            own = lanes[seen]
-            x = self._x[own, j]
-            p = _sigmoid(self._weight[own, 0] * x + self._weight[own, 1])
-            error = self._rate * ((j < accepted[seen]) - p)
-            self._weight[own, 0] += error * x
-            self._weight[own, 1] += error
+            owner, x = self._owner[lanes[seen]], self._x[lanes[seen], j]
+            error = self._rate * ((j < accepted[seen]) - self._acceptance(owner, x))
+            self._weight[:, 0] += self._mean_by(owner, error * x)
+            self._weight[:, 1] += self._mean_by(owner, error)
+
+    def _acceptance(self, owner: np.ndarray, x: np.ndarray) -> np.ndarray:
+        return _sigmoid(self._weight[owner, 0] * x + self._weight[owner, 1])
+
+    def _mean_by(self, owner: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """By owner: the mean of its values, 0 where it has none."""
+        count = len(self._owner)
+        total = np.bincount(owner, values, minlength=count)
+        mean: np.ndarray = total / np.maximum(np.bincount(owner, minlength=count), 1)
+        return mean
 
     def _pays(self, lanes: np.ndarray, length: np.ndarray, drafted: int) -> np.ndarray:
         """Whether some γ above ``drafted`` promises more tokens a millisecond than stopping."""
@@ -302,7 +326,7 @@ class OnlineLogistic:
         further = np.arange(1, WIDTH_MAX - drafted)
         if not len(further):
             return np.zeros(len(lanes), dtype=bool)
-        gains = np.cumsum(self._mean[lanes, None] ** further, axis=1)
+        gains = np.cumsum(self._mean[self._owner[lanes], None] ** further, axis=1)
         expected = self._expected[lanes, None] + self._survival[lanes, None] * gains
         beyond = (expected / ms[:, drafted + 1 :]).max(axis=1)
         more: np.ndarray = beyond > self._expected[lanes] / ms[:, drafted]

@@ -25,6 +25,8 @@ from .tuning import (
     OTHERS,
     STATIC,
     Settings,
+    Training,
+    Tuned,
     check_policy,
     resolve,
     tune,
@@ -47,6 +49,9 @@ class Row:
     policy : str
     settings, search : mapping
         What the tuning found and what it tried.
+    on_edge : list of str
+        Settings found at an end of what was tried, where it could have gone on: empty if the search
+        was wide enough.
     tokens_per_second, tokens_per_step : float
     over_plain, over_static : float
         Ratios of tokens per second.
@@ -70,6 +75,7 @@ class Row:
     policy: str
     settings: Settings
     search: Mapping[str, Sequence[float]]
+    on_edge: Sequence[str]
     tokens_per_second: float
     tokens_per_step: float
     over_plain: float
@@ -124,14 +130,14 @@ class Comparison:
 class _Judged:
     """Replays of one cell, or of several added up.
 
-    ``found`` has the settings and the search of each policy beside its replay; ``prompts`` has the
-    id, the seed and the task of each lane.
+    ``found`` has each policy's replay, and how it was tuned; ``prompts`` has the id, the seed and
+    the task of each lane.
     """
 
     compression: str
     temperature: float
     prompts: tuple[tuple[int, int, str], ...]
-    found: Mapping[str, tuple[Replayed, Settings, Mapping[str, Sequence[float]]]]
+    found: Mapping[str, tuple[Replayed, Tuned | None]]
 
 
 def compare(
@@ -172,8 +178,9 @@ def compare(
     training = split_prompts(trace, train_share, seed)
     for name in policies:
         _refuse_known(name, trace, training)
+    whole = Training(trace.where(lambda a: a.prompt_id in training), costs)
     judged = [
-        _judge(trace, training, compression, temperature, costs[compression], policies, advance)
+        _judge(trace, training, (compression, temperature), whole, costs, policies, advance)
         for compression, temperature in cells
     ]
     alike: dict[Any, list[_Judged]] = {}
@@ -264,33 +271,35 @@ def split_prompts(trace: Trace, share: float, seed: int) -> frozenset[int]:
 def _judge(
     trace: Trace,
     training: frozenset[int],
-    compression: str,
-    temperature: float,
-    cost: CostTable,
+    key: tuple[str, float],
+    whole: Training,
+    costs: Mapping[str, CostTable],
     policies: Sequence[str],
     advance: Callable[[], None],
 ) -> _Judged:
-    own = trace.where(lambda a: (a.compression, a.temperature) == (compression, temperature))
+    """All policies in the cell of a compression and a temperature."""
+    compression, cost = key[0], costs[key[0]]
+    own = trace.where(lambda a: (a.compression, a.temperature) == key)
     train = own.where(lambda a: a.prompt_id in training)
     test = own.where(lambda a: a.prompt_id not in training)
-    found: dict[str, tuple[Replayed, Settings, Mapping[str, Sequence[float]]]] = {}
+    found: dict[str, tuple[Replayed, Tuned | None]] = {}
     for name in dict.fromkeys((*policies, _PLAIN, STATIC, ORACLE)):
         if name == ORACLE:
-            found[name] = replay(test, Oracle(test, cost), cost), {}, {}
+            found[name] = replay(test, Oracle(test, cost), cost), None
         else:
-            tuned = tune(name, train, compression, cost)
-            found[name] = replay(test, tuned.controller, cost), tuned.settings, tuned.search
+            tuned = tune(name, train, compression, cost, whole)
+            found[name] = replay(test, tuned.controller, cost), tuned
         if name in policies:
             advance()
     prompts = tuple((answer.prompt_id, answer.seed, answer.task) for answer in test.answers)
-    return _Judged(compression, temperature, prompts, found)
+    return _Judged(*key, prompts, found)
 
 
 def _pool(parts: Sequence[_Judged]) -> _Judged:
     """Cells with the same prompts as one; settings are left out, as they differ."""
     first = parts[0]
-    found: dict[str, tuple[Replayed, Settings, Mapping[str, Sequence[float]]]] = {
-        name: (Replayed.total([part.found[name][0] for part in parts]), {}, {})
+    found: dict[str, tuple[Replayed, Tuned | None]] = {
+        name: (Replayed.total([part.found[name][0] for part in parts]), None)
         for name in first.found
     }
     return replace(first, compression=POOLED, found=found)
@@ -304,7 +313,7 @@ def _cell(judged: _Judged, policies: Sequence[str]) -> Cell:
 
 
 def _row(name: str, judged: _Judged, tasks: np.ndarray) -> Row:
-    own, settings, search = judged.found[name]
+    own, tuned = judged.found[name]
     plain, static, oracle = (judged.found[each][0] for each in (_PLAIN, STATIC, ORACLE))
     ours = judged.found[OURS][0] if OURS in judged.found else None
     best, base = oracle.tokens_per_second, static.tokens_per_second
@@ -323,8 +332,9 @@ def _row(name: str, judged: _Judged, tasks: np.ndarray) -> Row:
         }
     return Row(
         policy=name,
-        settings=settings,
-        search=search,
+        settings=tuned.settings if tuned else {},
+        search=tuned.search if tuned else {},
+        on_edge=tuned.on_edge if tuned else (),
         tokens_per_second=own.tokens_per_second,
         tokens_per_step=own.tokens_per_step,
         over_plain=own.tokens_per_second / plain.tokens_per_second,

@@ -59,16 +59,18 @@ def write_steps(path: Path, trace: Trace, gammas: Sequence[int] = GAMMAS) -> int
     count = 0
     for compression in dict.fromkeys(a.compression for a in greedy.answers):
         for gamma in gammas:
-            for row in _rows(greedy, compression, gamma):
+            for row in step_rows(greedy, compression, gamma):
                 writer.writerow((compression, gamma, *row))
                 count += 1
     write_atomically(path, lambda temporary: temporary.write_text(text.getvalue(), "utf-8"))
     return count
 
 
-def _rows(greedy: Trace, compression: str, gamma: int) -> Iterator[tuple[str | int | float, ...]]:
-    """Columns from ``task`` on of all steps at a fixed γ."""
-    trace = greedy.where(lambda a: a.compression == compression)
+def step_rows(
+    trace: Trace, compression: str, gamma: int
+) -> Iterator[tuple[str | int | float, ...]]:
+    """`COLUMNS` from ``task`` on of all steps of a compression at a fixed γ."""
+    trace = trace.where(lambda a: a.compression == compression)
     found = replay(trace, Static({}, gamma), _NO_COST)
     for i, answer in enumerate(trace.answers):
         place = 1

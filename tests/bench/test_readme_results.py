@@ -84,10 +84,15 @@ def test_a_report() -> None:
         gain("speckv", 1.0, gap_closed=0.25),
         gain("oracle", 0.9, over_static=1.2),
     ]
+    cells = [
+        {"compression": name, "temperature": t, "rows": rows}
+        for name in ("bf16", "int8", "nf4")
+        for t in (0.0, 0.7)
+    ]
     report = {
         "file": "bench/traces/report/report.json",
         "trace": {"positions": 12345},
-        "cells": [{}] * 6,
+        "cells": cells,
         "pooled": [{"temperature": t, "prompts": 7, "rows": rows} for t in (0.0, 0.7)],
     }
     text = readme.section({"report": [report]})
@@ -97,6 +102,24 @@ def test_a_report() -> None:
     best = "| the best fixed γ of each compression | +5.0% (+4.0% to +6.0%) |"
     assert best in text and "`svip`" not in text
     assert "| the oracle over the best fixed γ; share of that reached | +20.0%; 25% |" in text
+    assert "0 of 6 comparisons with these baselines have an interval that includes zero." in (
+        " ".join(text.split())
+    )
+
+
+def test_comparisons_that_decide_nothing_are_named() -> None:
+    def cell(compression: str, temperature: float, *rows: dict[str, Any]) -> dict[str, Any]:
+        return {"compression": compression, "temperature": temperature, "rows": rows}
+
+    cells = [
+        cell("bf16", 0.0, gain("svip", 1.005), gain("confidence", 1.02), gain("boosted", 1.0)),
+        cell("nf4", 1.0, gain("svip", 1.01), gain("confidence", 0.98), gain("oracle", 0.8)),
+    ]
+    text = " ".join("\n".join(readme._undecided(cells)).split())
+    assert "Taken by the 2 compressions and temperatures apart, 2 of 4 comparisons" in text
+    assert "includes zero: `svip` in bf16 at 0, nf4 at 1." in text
+    assert text.endswith("`speckv` is slower beyond its interval than `confidence` in nf4 at 1.")
+    assert not list(readme._undecided([cell("bf16", 0.0, gain("oracle", 0.8))]))
 
 
 def test_one_policy_beside_one_for_each_compression() -> None:

@@ -36,6 +36,7 @@ CONTROLLERS: dict[str, Callable[[], Controller]] = {
     "hf-heuristic": lambda: Heuristic(5),
     "adaedl": lambda: AdaEdl(0.2, 0.3, 0.7),
     "online-logistic": lambda: OnlineLogistic(PRIOR, 0.03, COST),
+    "online-logistic, carried": lambda: OnlineLogistic(PRIOR, 0.3, COST, carries=True),
 }
 
 
@@ -44,7 +45,7 @@ def test_baselines_are_causal(name: str) -> None:
     assert_causal(trace_of_one_compression(), CONTROLLERS[name])
 
 
-@pytest.mark.parametrize("name", CONTROLLERS)
+@pytest.mark.parametrize("name", [name for name in CONTROLLERS if "carried" not in name])
 def test_answers_do_not_meddle(name: str) -> None:
     trace = trace_of_one_compression()
     together = replay(trace, CONTROLLERS[name](), COST)
@@ -147,6 +148,25 @@ def test_online_logistic_learns_that_a_draft_is_useless() -> None:
     assert learning[0][0] > 2 and believing[-2][0] > 2
     gammas = [g for g, _ in learning[-60:]]
     assert gammas.count(0) > 45 and sum(gammas) <= 60 - gammas.count(0) + 3
+
+
+def test_what_is_carried_is_learned_from_all_answers() -> None:
+    """A short answer profits from what a long one beside it has taught, and not the reverse."""
+    useless = signal_rows(at.CONFIDENCE, [0.95] * GAMMA_MAX, accepted=0, places=300)
+    answer = useless.answers[0]
+    rows = useless.rows
+    many = join(INFO, [(replace(answer, prompt_id=i), rows) for i in range(3)])
+    alone = replay(useless, OnlineLogistic(PRIOR, 0.1, COST), COST)
+    for carries in (False, True):
+        found = replay(many, OnlineLogistic(PRIOR, 0.1, COST, carries=carries), COST)
+        for i in range(3):  # the mean of the same is the same
+            assert found.steps_of(i) == alone.steps_of(0)
+    good = signal_rows(at.CONFIDENCE, [0.95] * GAMMA_MAX, accepted=GAMMA_MAX, places=300)
+    mixed = join(INFO, [(answer, rows), (replace(answer, prompt_id=1), good.rows)])
+    apart, together = (
+        replay(mixed, OnlineLogistic(PRIOR, 0.1, COST, carries=c), COST) for c in (False, True)
+    )
+    assert apart.steps_of(0) == alone.steps_of(0) != together.steps_of(0)
 
 
 def test_online_logistic_counts_the_cost() -> None:

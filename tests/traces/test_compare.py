@@ -9,19 +9,29 @@ import pytest
 
 from speckv.errors import PolicyError
 from speckv.policies import CostTable
+from speckv.traces import tuning
 from speckv.traces.compare import POOLED, Comparison, compare, speedup_interval, split_prompts
 from speckv.traces.replay import replay
 from speckv.traces.schema import Trace
-from speckv.traces.tuning import BY_TASK, DEFAULT, FAMILIES, check_policy, tune
+from speckv.traces.tuning import (
+    BY_TASK,
+    DEFAULT,
+    FAMILIES,
+    Family,
+    best_settings,
+    check_policy,
+    tune,
+)
 from tests.traces.synthetic import COST, made_up_trace
 from tests.traces.test_replay import controller
 
+_FITTED = {"online-logistic": {"weight", "bias", "mean"}, "adaedl": {"threshold"}}
 COSTS = {"fp32": COST, "int8": CostTable.from_parts(0.1, [2.0] * 16)}
 
 
 @pytest.fixture(scope="module")
 def trace() -> Trace:
-    return made_up_trace(prompts=32, length=48)
+    return made_up_trace(prompts=32, length=36)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +68,8 @@ def test_every_policy_in_every_cell(found: Comparison) -> None:
             assert 0 <= row.regret < 1 and row.over_static_95[0] <= row.over_static_95[1]
             assert sum(row.histogram) == sum(sum(t["histogram"]) for t in row.tasks.values())
             if row.policy in FAMILIES:
-                fitted = {"weight", "bias", "mean"} if row.policy == "online-logistic" else set()
-                assert set(row.settings) == set(row.search) | fitted
+                assert set(row.settings) == set(row.search) | _FITTED.get(row.policy, set())
+                assert set(row.on_edge) <= set(row.search)
                 assert all(row.settings[k] in row.search[k] for k in row.search)
     # Signals that tell the truth are worth something.
     assert {r.policy: r for r in cells[0].rows}["confidence"].over_static > 1.0
@@ -126,8 +136,44 @@ def test_the_search_finds_the_best_of_the_training_prompts(trace: Trace) -> None
     assert set(by_task.settings) == {"code", "math", "chat", "summarization"}
 
 
+def test_an_optimum_on_the_edge_of_its_range_is_told(trace: Trace) -> None:
+    train = trace.where(lambda a: a.compression == "fp32" and a.temperature == 0.0)
+
+    def edges(values: tuple[float, ...], bounds: tuple[float, ...] = ()) -> tuple[str, ...]:
+        build = FAMILIES["static"].build
+        family = Family({"gamma": values}, build, {"gamma": bounds})
+        return family.on_edge(best_settings(family, train, COST))
+
+    best = int(best_settings(FAMILIES["static"], train, COST)["gamma"])
+    assert 1 < best < 14
+    assert edges((best - 1, best, best + 1)) == ()
+    assert edges((best, best + 1)) == edges((best - 1, best)) == ("gamma",)
+    assert edges((best - 1, best), bounds=(best,)) == ()
+    useless = replace(train.rows, accepted=np.zeros_like(train.rows.accepted))
+    for name, family in FAMILIES.items():
+        found = tune(name, replace(train, rows=useless), "fp32", COST)
+        assert "cap" not in found.on_edge and "gamma" not in found.on_edge, "there is no less"
+        assert set(found.search) == set(family.search)
+
+
+def test_a_search_by_steps_finds_what_trying_everything_finds(
+    trace: Trace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = trace.where(lambda a: a.compression == "fp32" and a.temperature == 0.0)
+    family = FAMILIES["confidence"]
+    everything = best_settings(family, train, COST)
+    monkeypatch.setattr(tuning, "_EXHAUSTIVE", 1)
+    by_steps = best_settings(family, train, COST)
+    times = [
+        replay(train, family.build(settings, train, COST), COST).ms.sum()
+        for settings in (everything, by_steps)
+    ]
+    assert times[1] <= 1.002 * times[0]
+
+
 def test_tuning_sees_no_judged_prompt(trace: Trace) -> None:
     """Rubbish on the judged side changes no setting."""
+    trace = trace.where(lambda a: a.compression == "fp32" and a.temperature == 0.0)
     chosen = split_prompts(trace, 0.5, seed=0)
     judged = np.repeat([a.prompt_id not in chosen for a in trace.answers], trace.lengths)
     accepted = trace.rows.accepted.copy()

@@ -7,6 +7,7 @@ import html
 import json
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ import pytest
 from speckv import cli
 from speckv.kernels.layout import WIDTH_MAX
 from speckv.models.hub import CACHE_VARIABLE
+from speckv.traces import tries
 from speckv.traces.compare import compare, split_prompts
-from speckv.traces.report import CAPTIONS, PLOTS, Study
+from speckv.traces.known import INFORMATION
+from speckv.traces.plots import CAPTIONS, PLOTS
 from speckv.traces.schema import Trace, write_trace
-from speckv.traces.tries import INFORMATION
+from speckv.traces.study import Study
+from speckv.traces.tries import COUNT
 from tests.traces.synthetic import COST, made_up_trace
 from tests.traces.test_schema import parts_of
 
@@ -82,19 +86,19 @@ def test_the_page_holds_everything(path: Path, tmp_path: Path, trained: bool) ->
             assert f"<td>{row['policy']}</td><td>{row['tokens_per_second']:.1f}</td>" in page
 
 
-def test_what_else_was_tried(path: Path, tmp_path: Path) -> None:
+def test_what_else_was_tried(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tries._SETTINGS, "max_iter", 3)
     out = tmp_path / "report"
     arguments = ["report", str(path), "--out", str(out), "--policies", "static", "--tries"]
     assert cli.run(arguments) == 0
     page = (out / "report.html").read_text(encoding="utf-8")
     found = json.loads((out / "report.json").read_text())["tries"]
-    assert len(found) == page.count("<h3>") == 4
-    assert {(each["compression"], each["temperature"]) for each in found} == {
-        (compression, temperature) for compression in ("fp32", "int8") for temperature in (0.0, 0.7)
-    }
+    assert len(found) == page.count("<h3>") == 2
+    assert [each["temperature"] for each in found] == [0.0, 0.7]
     for cell in found:
         names = [each["name"] for each in cell["tries"]]
-        assert [*INFORMATION] == names[: len(INFORMATION)] and len(names) == len(set(names))
+        assert [*INFORMATION] == names[: len(INFORMATION)]
+        assert len(names) == len(set(names)) == COUNT
         for each in cell["tries"]:
             low, high = each["over_static_95"]
             assert low <= each["over_static"] <= high and each["gap_closed"] <= 1
@@ -134,6 +138,19 @@ def test_gamma_over_time_is_that_of_the_steps(study: Study) -> None:
             place += accepted + 1
     means = [s / c for s, c in zip(sums, counts, strict=True) if c]
     assert lines["fp32, oracle"].get_ydata().tolist() == pytest.approx(means)
+
+
+def test_what_is_lost_is_that_of_all_compressions(study: Study) -> None:
+    axes = axes_of(study, "regret")
+    pooled = next(cell for cell in study.found.pooled if cell.temperature == 0.0)
+    rows = [row for row in pooled.rows if row.policy in ("static", "speckv")]
+    expected = [100 * task["regret"] for row in rows for task in row.tasks.values()]
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx(expected)
+    assert axes.get_ylabel().endswith("all compressions")
+    labels = {line.get_label() for line in axes.get_lines()}
+    assert {"fp32", "int8"} <= labels
+    one = replace(study, found=replace(study.found, pooled=[], cells=study.found.cells[:1]))
+    assert axes_of(one, "regret").get_ylabel().endswith("fp32")
 
 
 def test_without_matplotlib(
