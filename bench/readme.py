@@ -63,7 +63,10 @@ def read_results(
 
 def section(results: Results) -> str:
     """The section's text, without its heading."""
-    parts = (_plain, _pair, _assisted, _report, _specialists, _replay, _decision, _gpu)
+    parts = (
+        *(_plain, _pair, _assisted, _report, _specialists),
+        *(_replay, _random_draft, _decision, _gpu),
+    )
     blocks = [block for part in parts for block in part(results)]
     return "\n".join(blocks)
 
@@ -253,6 +256,24 @@ def _replay(results: Results) -> Iterator[str]:
             )
     yield "\n".join(lines) + "\n"
     yield f"    {rows[0]['command']}\n"
+
+
+def _random_draft(results: Results) -> Iterator[str]:
+    rows = results.get("random_draft", ())
+    if not rows:
+        return
+    found = ", ".join(
+        f"{row['compression']} {row['live']['ratio']:.3f}x "
+        f"({' to '.join(f'{end:.3f}' for end in row['live']['ratio_95'])}), "
+        f"{row['replay']['ratio']:.3f}x in replay"
+        for row in rows
+    )
+    yield _paragraph(
+        "With a useless draft, the default one's shapes with random weights, `speckv` over plain "
+        f"decoding: {found}; medians of whole calls over {rows[0]['prompts']} prompts, "
+        f"interleaved, with 95% intervals; {_machine(rows[0])} ({_files(rows)}, "
+        f"`{rows[0]['command']}`)."
+    )
 
 
 def _decision(results: Results) -> Iterator[str]:

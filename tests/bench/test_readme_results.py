@@ -148,6 +148,20 @@ def test_replay_beside_live() -> None:
     )
 
 
+def test_a_useless_draft() -> None:
+    row: dict[str, Any] = {
+        "file": "random-bf16.json",
+        "compression": "bf16",
+        "prompts": 12,
+        "live": {"ratio": 0.987, "ratio_95": [0.98, 0.99]},
+        "replay": {"ratio": 0.991},
+        "command": "python -m bench.random_draft",
+        "environment": {"threads": 2, "cpu": "a", "cpu_capability": "AVX2", "device": "cpu"},
+    }
+    text = " ".join(readme.section({"random_draft": [row]}).split())
+    assert "bf16 0.987x (0.980 to 0.990), 0.991x in replay; medians of whole calls over 12" in text
+
+
 def test_a_decision() -> None:
     assert "What a decision costs beside the paper's has not been measured." in readme.section({})
     row = {
