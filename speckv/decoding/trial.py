@@ -58,10 +58,10 @@ def try_conditionals(driver: Driver, device: torch.device) -> None:
         This version of cuda-bindings is not what is expected.
     """
     graphed.synchronize(device)  # gives this thread a context
-    on_host = device.type != "cpu"
+    on_gpu = device.type != "cpu"
     start = torch.tensor(_START, device=device)
     words = start.clone()
-    told = torch.zeros(len(_START), dtype=torch.int64, pin_memory=on_host)
+    told = torch.zeros(len(_START), dtype=torch.int64, pin_memory=on_gpu)
     works: dict[str, Callable[[], object]] = {
         "begin": partial(words.copy_, start),
         "tell": partial(told.copy_, words, non_blocking=True),
