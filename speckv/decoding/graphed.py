@@ -137,7 +137,11 @@ class GraphedLoop(PlannedLoop):
         super()._prefill(requests, works)
 
     def _wait(self, ready: Callable[[], bool]) -> None:
-        await_word(self.target.device, ready)
+        try:
+            await_word(self.target.device, ready)
+        except SpeckvError:
+            self._in_flight.launched = False  # nor will its end be told
+            raise
 
 
 def await_word(device: torch.device, ready: Callable[[], bool]) -> None:

@@ -163,6 +163,22 @@ def test_a_row_that_the_host_ends() -> None:
     assert {row: cut[row] for row in (0, 1, 3)} == {row: whole[row] for row in (0, 1, 3)}
 
 
+@pytest.mark.parametrize("sampling", ["truncated", REJECTION + "mixed"])
+def test_a_draft_of_its_own_ids(sampling: str) -> None:
+    target, draft = wrapped("llama", "target", "fp32"), wrapped("llama", "perturbed", "fp32")
+    id_map = torch.arange(draft.vocab_size, dtype=torch.int32)
+    id_map[1::3] = id_map[1::3].flip(0)
+    requests, size = batch_of(sampling, [0, 1, 2, 3], grid.EOS), {"batch": 4, "capacity": CAPACITY}
+    for policy in ("fixed:0", "fixed:3"):
+        eager, planned = (
+            by_row(kind(target, draft, **size, id_map=id_map).run(requests, packed(policy)))
+            for kind in (EagerLoop, PlannedLoop)
+        )
+        assert planned == eager
+    accepted = [record.accepted for rows in eager.values() for record in rows]
+    assert 0 < sum(accepted) < len(accepted) * 3
+
+
 @pytest.mark.parametrize("drafts", ["chain", "switch"])
 @pytest.mark.parametrize("rows", [[1], [0, 1, 2, 3]], ids=["B1", "B4"])
 def test_other_ways_of_drafting(drafts: str, rows: list[int]) -> None:
