@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .linear import Linear as Linear
     from .linear import linear as linear
     from .loop_step import close_step as close_step
+    from .loop_step import keep_draft as keep_draft
     from .loop_step import publish_conditions as publish_conditions
     from .loop_step import step_inputs as step_inputs
     from .rejection import VerifyRejection as VerifyRejection
@@ -44,6 +45,7 @@ PUBLIC = {
     "close_step": "loop_step",
     "cutoff": "cutoff",
     "draft_step": "draft_step",
+    "keep_draft": "loop_step",
     "linear": "linear",
     "publish_conditions": "loop_step",
     "rms_norm": "rms_norm",

@@ -103,12 +103,18 @@ MOST_STEPS = 2  # bound of STEPS
 TICKET = 3  # how often the conditions were published
 CONTROL_WORDS = 4
 
+# Words of `LoopState.passes` (int32 [PASS_WORDS]): the bound of the loops within a step.
+PASSES = 0  # how often the conditions were published since a step was closed
+MOST_PASSES = 1  # after so many nothing drafts or lags: each catch-up and each draft token is one
+PASS_WORDS = 2
+
 # Words of `LoopState.conditions`.
 RUNNING_ROWS = 0  # 1: some row is not done, and STEPS is below its bound
-DRAFTING_ROWS = 1  # 1: some row is neither done nor stopped
-LAGGING_ROWS = 2  # 1: the draft's cache lacks more than two tokens of such a row
+DRAFTING_ROWS = 1  # 1: some row is neither done nor stopped, and PASSES is within its bound
+LAGGING_ROWS = 2  # 1: so, and the draft's cache lacks more than two tokens of such a row
 MOST_DRAFTED = 3  # the largest DRAFTED of the rows that are not done
-CONDITIONS = 4
+FIXED_GAMMA = 4  # how many tokens the step drafts, as long as nothing but its length is decided by
+CONDITIONS = 5
 
 # Bits of a word of `LoopState.records`, below the generation's number.
 RECORD_ACCEPTED = 8
@@ -183,8 +189,11 @@ class LoopState:
     Attributes
     ----------
     control : int32 [CONTROL_WORDS]
+    passes : int32 [PASS_WORDS]
     conditions : int64 [CONDITIONS]
         ``ticket << 32 | value``.
+    ended : int64 [1]
+        ``generation << 32 | steps`` once RUNNING_ROWS is 0: no step follows.
     cancel : int32 [B]
         Non-zero: the row ends with the step under way. Written by the host.
     tokens : int64 [B, S]
@@ -197,7 +206,9 @@ class LoopState:
     """
 
     control: Tensor
+    passes: Tensor
     conditions: Tensor
+    ended: Tensor
     cancel: Tensor
     tokens: Tensor
     records: Tensor
@@ -227,12 +238,16 @@ class LoopState:
             conditions = shared(CONDITIONS, dtype=torch.int64)
         else:
             conditions = torch.zeros(CONDITIONS, dtype=torch.int64, device=device)
+        # A step catches up with a whole sequence at most, and is closed and begun besides.
+        most_passes = -(-capacity // WIDTH_MAX) + GAMMA_MAX + 2
         kept = None
         if signals:
             kept = torch.zeros(batch, capacity, GAMMA_MAX, SIGNALS, device=device)
         return cls(
             control=torch.zeros(CONTROL_WORDS, dtype=torch.int32, device=device),
+            passes=torch.tensor([0, most_passes], dtype=torch.int32, device=device),
             conditions=conditions,
+            ended=shared(1, dtype=torch.int64),
             cancel=shared(batch, dtype=torch.int32),
             tokens=shared(batch, capacity, dtype=torch.int64),
             records=shared(batch, capacity, dtype=torch.int64),

@@ -1,11 +1,14 @@
 """What runs between the models in a loop without a host: inputs, the close of a step, conditions.
 
 `step_inputs` gathers the tokens of a forward, `close_step` tells the host what a step committed and
-makes the rows ready for the next, `publish_conditions` reduces the rows to what the loop goes by.
-Each is one launch of a few words; the kernels are in `loop_step_kernel`.
+makes the rows ready for the next, `publish_conditions` reduces the rows to what the loop goes by;
+`keep_draft` copies a row of logits for rejection sampling. Each is one launch, and but for the last
+one of a few words; the kernels are in `loop_step_kernel`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import triton
 from torch import Tensor
@@ -14,8 +17,15 @@ from . import layout as at
 from . import reference_step as reference
 from .checks import check_tensor
 from .layout import LoopState, StepState
-from .loop_step_kernel import _close_step_kernel, _publish_conditions_kernel, _step_inputs_kernel
+from .loop_step_kernel import (
+    _close_step_kernel,
+    _keep_draft_kernel,
+    _publish_conditions_kernel,
+    _step_inputs_kernel,
+)
 from .registry import KernelSpec, Variant
+
+_KEPT_BLOCK = 4096
 
 
 def step_inputs_out(
@@ -120,6 +130,7 @@ def close_step_out(state: StepState, loop: LoopState, *, draft_positions: int = 
         state.sequence,
         state.signals,
         loop.control,
+        loop.passes,
         loop.cancel,
         loop.tokens,
         loop.records,
@@ -158,7 +169,9 @@ def close_step(state: StepState, loop: LoopState, *, draft_positions: int = 0) -
     launch(state, loop, draft_positions=draft_positions)
 
 
-def publish_conditions_out(state: StepState, loop: LoopState) -> None:
+def publish_conditions_out(
+    state: StepState, loop: LoopState, *, gamma_cap: int = at.GAMMA_MAX
+) -> None:
     """Launch `publish_conditions` on arguments that it would accept; nothing else.
 
     No allocation, no synchronisation: safe to capture in a CUDA graph. Runs on CPU tensors in
@@ -166,31 +179,38 @@ def publish_conditions_out(state: StepState, loop: LoopState) -> None:
 
     Parameters
     ----------
-    state, loop
+    state, loop, gamma_cap
         As in `publish_conditions`.
     """
     batch = state.rows.shape[0]
     _publish_conditions_kernel[(1,)](
         state.rows,
         loop.control,
+        loop.passes,
         loop.conditions,
+        loop.ended,
         batch,
+        gamma_cap,
         BLOCK=max(triton.next_power_of_2(batch), 2),
         num_warps=1,
     )
 
 
-def publish_conditions(state: StepState, loop: LoopState) -> None:
+def publish_conditions(state: StepState, loop: LoopState, *, gamma_cap: int = at.GAMMA_MAX) -> None:
     """What the loop goes by: whether rows run, draft and lag, and the longest draft.
 
-    On CPU tensors this is `reference_step.publish_conditions`, elsewhere one kernel launch.
+    On CPU tensors this is `reference_step.publish_conditions`, whose description it shares;
+    elsewhere one kernel launch.
 
     Parameters
     ----------
     state : StepState
         Not mutated.
     loop : LoopState
-        For as many rows. TICKET is incremented; ``conditions`` is overwritten.
+        For as many rows. TICKET and PASSES are incremented; ``conditions`` is overwritten, and
+        ``ended`` if no row runs.
+    gamma_cap : int
+        Most draft tokens of a step, for FIXED_GAMMA.
 
     Raises
     ------
@@ -199,7 +219,76 @@ def publish_conditions(state: StepState, loop: LoopState) -> None:
     """
     _check_loop(loop, _check_state(state), state)
     on_host = state.rows.device.type == "cpu"
-    (reference.publish_conditions if on_host else publish_conditions_out)(state, loop)
+    launch = reference.publish_conditions if on_host else publish_conditions_out
+    launch(state, loop, gamma_cap=gamma_cap)
+
+
+def keep_draft_out(
+    state: StepState, logits: Tensor, cutoffs: Tensor, lse: Tensor, *, kept: Sequence[Tensor]
+) -> None:
+    """Launch `keep_draft` on arguments that it would accept; nothing else.
+
+    No allocation, no synchronisation: safe to capture in a CUDA graph. Runs on CPU tensors in
+    Triton's interpreter.
+
+    Parameters
+    ----------
+    state, logits, cutoffs, lse, kept
+        As in `keep_draft`.
+    """
+    batch, vocabulary = logits.shape
+    if batch == 0:
+        return
+    _keep_draft_kernel[(triton.cdiv(vocabulary, _KEPT_BLOCK), batch)](
+        state.rows,
+        logits,
+        cutoffs,
+        lse,
+        *kept,
+        logits.stride(0),
+        kept[0].stride(0),
+        kept[0].stride(1),
+        vocabulary,
+        BLOCK=_KEPT_BLOCK,
+        num_warps=4,
+    )
+
+
+def keep_draft(
+    state: StepState, logits: Tensor, cutoffs: Tensor, lse: Tensor, *, kept: Sequence[Tensor]
+) -> None:
+    """Keep what a draft token is about to be drawn from, for rejection sampling.
+
+    On CPU tensors this is `reference_step.keep_draft`, whose description it shares; elsewhere one
+    kernel launch.
+
+    Parameters
+    ----------
+    state : StepState
+        Not mutated.
+    logits : fp32 | fp16 | bf16 [B, V]
+        Unit stride in V.
+    cutoffs, lse : float32 [B], contiguous
+    kept : (as logits [B, GAMMA_MAX, V], float32 [B, GAMMA_MAX], float32 [B, GAMMA_MAX])
+        Unit stride in V, the others contiguous. Mutated.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came.
+    """
+    batch, device = _check_state(state), state.rows.device
+    check_tensor("logits", logits, "floating", (batch, None), device)
+    check_tensor("cutoffs", cutoffs, "float32", (batch,), device, dense=True)
+    check_tensor("lse", lse, "float32", (batch,), device, dense=True)
+    if len(kept) != 3:
+        raise ValueError(f"kept: expected logits, cutoffs and lse, got {len(kept)} tensors")
+    shape = (batch, at.GAMMA_MAX)
+    check_tensor("kept[0]", kept[0], "floating", (*shape, logits.shape[1]), device)
+    for i in (1, 2):
+        check_tensor(f"kept[{i}]", kept[i], "float32", shape, device, dense=True)
+    launch = reference.keep_draft if device.type == "cpu" else keep_draft_out
+    launch(state, logits, cutoffs, lse, kept=kept)
 
 
 def _check_state(state: StepState) -> int:
@@ -215,6 +304,8 @@ def _check_state(state: StepState) -> int:
 def _check_loop(loop: LoopState, batch: int, state: StepState) -> None:
     device = state.rows.device
     check_tensor("loop.control", loop.control, "int32", (at.CONTROL_WORDS,), device, dense=True)
+    check_tensor("loop.passes", loop.passes, "int32", (at.PASS_WORDS,), device, dense=True)
+    check_tensor("loop.ended", loop.ended, "int64", (1,), dense=True)
     check_tensor("loop.conditions", loop.conditions, "int64", (at.CONDITIONS,), dense=True)
     check_tensor("loop.cancel", loop.cancel, "int32", (batch,), dense=True)
     check_tensor("loop.tokens", loop.tokens, "int64", (batch, None), dense=True)
@@ -254,6 +345,7 @@ def _close_variant(signals: bool) -> Variant:
         "sequence_ptr": "*i32",
         "signals_ptr": "*fp32",
         "control_ptr": "*i32",
+        "passes_ptr": "*i32",
         "cancel_ptr": "*i32",
         "tokens_ptr": "*i64",
         "records_ptr": "*i64",
@@ -273,13 +365,39 @@ def _close_variant(signals: bool) -> Variant:
 
 
 def _conditions_variant(batch: int) -> Variant:
-    pointers = {"rows_ptr": "*i32", "control_ptr": "*i32", "conditions_ptr": "*i64"}
+    pointers = {
+        "rows_ptr": "*i32",
+        "control_ptr": "*i32",
+        "passes_ptr": "*i32",
+        "conditions_ptr": "*i64",
+        "ended_ptr": "*i64",
+    }
     return Variant(
         name=f"B{batch}",
-        signature=pointers | {"batch": "i32"},
+        signature=pointers | {"batch": "i32", "gamma_cap": "i32"},
         constexprs={"BLOCK": max(batch, 2)},
         divisible=frozenset(pointers),
         num_warps=1,
+    )
+
+
+def _keep_variant(dtype: str) -> Variant:
+    pointers = {
+        "rows_ptr": "*i32",
+        "logits_ptr": f"*{dtype}",
+        "cutoffs_ptr": "*fp32",
+        "lse_ptr": "*fp32",
+        "kept_ptr": f"*{dtype}",
+        "kept_cutoffs_ptr": "*fp32",
+        "kept_lse_ptr": "*fp32",
+    }
+    strides = ("stride_logits_b", "stride_kept_b", "stride_kept_j")
+    return Variant(
+        name=dtype,
+        signature=pointers | {n: "i32" for n in (*strides, "vocabulary")},
+        constexprs={"BLOCK": _KEPT_BLOCK},
+        divisible=frozenset({*pointers, *strides}),
+        num_warps=4,
     )
 
 
@@ -308,6 +426,13 @@ SPECS = (
         kernel=_publish_conditions_kernel,
         variants=(_conditions_variant(1), _conditions_variant(8)),
         max_registers=64,
+        max_shared_bytes=1024,
+    ),
+    KernelSpec(
+        name="keep_draft",
+        kernel=_keep_draft_kernel,
+        variants=tuple(_keep_variant(dtype) for dtype in ("fp32", "fp16", "bf16")),
+        max_registers=128,
         max_shared_bytes=1024,
     ),
 )

@@ -5,13 +5,15 @@ Rows are handled one after the other, in Python, as in `reference`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from . import layout as at
 from .layout import LoopState, StepState
 
-__all__ = ["close_step", "publish_conditions", "step_inputs"]
+__all__ = ["close_step", "keep_draft", "publish_conditions", "step_inputs"]
 
 
 def step_inputs(
@@ -68,7 +70,7 @@ def close_step(state: StepState, loop: LoopState, *, draft_positions: int = 0) -
     After a verification. A row that committed tokens, or met an error, gets its record, and its
     tokens are written out; DRAFT_LENGTH becomes what the draft's cache holds of the committed
     tokens; a row that the host has cancelled is done; one that the draft cannot reach the end of a
-    step for is stopped. STEPS is counted.
+    step for is stopped. STEPS is counted, and PASSES begins anew.
 
     Parameters
     ----------
@@ -81,6 +83,7 @@ def close_step(state: StepState, loop: LoopState, *, draft_positions: int = 0) -
     """
     mark = int(loop.control[at.GENERATION]) << 32
     loop.control[at.STEPS] += 1
+    loop.passes[at.PASSES] = 0
     for b, row in enumerate(state.rows.tolist()):
         length, committed = row[at.LENGTH], row[at.COMMITTED]
         before, gamma = length - committed, row[at.GAMMA]
@@ -113,15 +116,21 @@ def close_step(state: StepState, loop: LoopState, *, draft_positions: int = 0) -
             state.rows[b, at.STOP] = 1
 
 
-def publish_conditions(state: StepState, loop: LoopState) -> None:
+def publish_conditions(state: StepState, loop: LoopState, *, gamma_cap: int = at.GAMMA_MAX) -> None:
     """What the loop goes by: whether rows run, draft and lag, and the longest draft.
+
+    Both loops within a step are bounded here, whatever the other kernels do: after MOST_PASSES
+    since the close of the last step nothing drafts or lags. Steps are bounded by MOST_STEPS.
 
     Parameters
     ----------
     state : StepState
         Not mutated.
     loop : LoopState
-        TICKET is incremented; ``conditions`` is overwritten.
+        TICKET and PASSES are incremented; ``conditions`` is overwritten, and ``ended`` if no row
+        runs.
+    gamma_cap : int
+        Most draft tokens of a step, for FIXED_GAMMA.
     """
     rows = state.rows.tolist()
     running = [row for row in rows if not row[at.DONE]]
@@ -129,11 +138,41 @@ def publish_conditions(state: StepState, loop: LoopState) -> None:
     steps, most = loop.control[[at.STEPS, at.MOST_STEPS]].tolist()
     ticket = int(loop.control[at.TICKET]) + 1
     loop.control[at.TICKET] = ticket
+    loop.passes[at.PASSES] += 1
+    bounded = bool(loop.passes[at.PASSES] <= loop.passes[at.MOST_PASSES])
+    lagging = any(row[at.LENGTH] - row[at.DRAFT_LENGTH] > 2 for row in drafting)
     values = [0] * at.CONDITIONS
     values[at.RUNNING_ROWS] = int(bool(running) and steps < most)
-    values[at.DRAFTING_ROWS] = int(bool(drafting))
-    values[at.LAGGING_ROWS] = int(
-        any(row[at.LENGTH] - row[at.DRAFT_LENGTH] > 2 for row in drafting)
-    )
+    values[at.DRAFTING_ROWS] = int(bool(drafting) and bounded)
+    values[at.LAGGING_ROWS] = int(lagging and bounded)
     values[at.MOST_DRAFTED] = max((row[at.DRAFTED] for row in running), default=0)
+    room = [min(row[at.LIMIT] - row[at.LENGTH] - 1, gamma_cap) for row in drafting]
+    values[at.FIXED_GAMMA] = max(room, default=0)
     loop.conditions.copy_(torch.tensor([ticket << 32 | value for value in values]))
+    if not values[at.RUNNING_ROWS]:
+        loop.ended[0] = int(loop.control[at.GENERATION]) << 32 | steps
+
+
+def keep_draft(
+    state: StepState, logits: Tensor, cutoffs: Tensor, lse: Tensor, *, kept: Sequence[Tensor]
+) -> None:
+    """Keep what a draft token is about to be drawn from, for rejection sampling.
+
+    Ahead of `draft_step`: rows that draft keep it as their draft token number DRAFTED.
+
+    Parameters
+    ----------
+    state : StepState
+        Not mutated.
+    logits : floating [B, V]
+        Unit stride in V.
+    cutoffs, lse : float32 [B]
+        Of ``logits``, from `cutoff`.
+    kept : (floating [B, GAMMA_MAX, V], float32 [B, GAMMA_MAX], float32 [B, GAMMA_MAX])
+        Of all draft tokens of the step. Mutated.
+    """
+    for b, row in enumerate(state.rows.tolist()):
+        drafted = row[at.DRAFTED]
+        if not (row[at.DONE] or row[at.STOP]) and drafted < at.GAMMA_MAX:
+            for tensor, new in zip(kept, (logits, cutoffs, lse), strict=True):
+                tensor[b, drafted] = new[b]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from functools import cached_property
-from numbers import Integral
 from statistics import fmean
 from threading import Lock
 from typing import Any
@@ -15,12 +15,15 @@ from torch import Tensor
 
 from .decoding.calibrate import calibrated
 from .decoding.choice import Choice, Loop, Loops
+from .decoding.current import OnDevice, on_device
 from .decoding.eager import StepRecord
 from .decoding.lookup import Lookup, parse_draft
 from .decoding.requests import RequestBatch
 from .decoding.stats import Stats
 from .decoding.trained import FALLBACK, identify, trained_policy, warn_untrained
 from .errors import SpeckvError
+from .inputs import Prompt as Prompt
+from .inputs import is_ids, is_one
 from .kernels.checks import dtype_name
 from .kernels.layout import DONE_LENGTH, DONE_STOP
 from .models.base import CausalModel
@@ -31,9 +34,6 @@ from .policies import CostTable, Policy, parse_policy
 from .results import Chunk, GenerationInterrupted, Result
 from .sampling import SamplingParams
 from .text import TextStream
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
-"""Text, token ids, or (with ``chat=True``) chat messages."""
 
 _WAYS_OF_SAMPLING: tuple[dict[str, Any], ...] = (
     {},
@@ -166,7 +166,7 @@ class Engine:
 
     @property
     def loop(self) -> Choice:
-        """Which loop decodes, and why; requests with rejection sampling use the eager one."""
+        """Which loop decodes, and why."""
         return self._loops.choice
 
     def describe(self) -> str:
@@ -190,6 +190,7 @@ class Engine:
         *,
         chat: bool = False,
         policy: str | Policy | None = None,
+        keep_signals: bool = False,
     ) -> Any:
         """Decode one prompt or a list of prompts.
 
@@ -203,6 +204,8 @@ class Engine:
             Apply the tokenizer's chat template.
         policy : str or Policy, optional
             Instead of the engine's.
+        keep_signals : bool
+            Bring the draft's signals of every step in `Stats.signals`.
 
         Returns
         -------
@@ -223,7 +226,7 @@ class Engine:
         results: list[Result] = []
         for first in range(0, len(prompts), self.max_batch_size):
             part = slice(first, first + self.max_batch_size)
-            run = _Generation(self, prompts[part], each[part], chosen, first)
+            run = _Generation(self, prompts[part], each[part], chosen, first, keep_signals)
             for _ in run.chunks():
                 pass
             results += run.results()
@@ -238,6 +241,7 @@ class Engine:
         *,
         chat: bool = False,
         policy: str | Policy | None = None,
+        keep_signals: bool = False,
     ) -> Generator[Chunk, None, None]:
         """Decode one prompt and yield its text as it is committed.
 
@@ -249,7 +253,7 @@ class Engine:
         if many:
             raise TypeError("prompt: expected one prompt to stream, got a list of them")
         each = self._params(params, 1)
-        return _Generation(self, prompts, each, self._policy(policy), first_request=0).chunks()
+        return _Generation(self, prompts, each, self._policy(policy), 0, keep_signals).chunks()
 
     def warmup(self, batch_size: int = 1, length: int = 2048) -> None:
         """Prepare for requests of up to ``batch_size`` rows and ``length`` tokens.
@@ -260,8 +264,9 @@ class Engine:
         capture anew for another number of rows, and for a policy with another largest γ.
         """
         rows = min(batch_size, self.max_batch_size)
-        self._loops.reserve(rows, min(length, self.max_length))
-        self._pack(self.policy, 0.0)
+        with on_device(self.target.device):
+            self._loops.reserve(rows, min(length, self.max_length))
+            self._pack(self.policy, 0.0)
         policies: list[str | Policy] = ["fixed:0"]
         if not self._cannot_draft:
             policies += ["fixed:2", self.policy]
@@ -271,7 +276,7 @@ class Engine:
                 self.generate([[0, 0]] * rows, params, policy=policy)
 
     def _prompts(self, prompt: Any, chat: bool) -> tuple[list[list[int]], bool]:
-        many = not isinstance(prompt, str) and isinstance(prompt, Sequence) and not _is_one(prompt)
+        many = not isinstance(prompt, str) and isinstance(prompt, Sequence) and not is_one(prompt)
         prompts = [self.encode(p, chat) for p in (prompt if many else [prompt])]
         if not prompts:
             raise ValueError("prompt: expected at least one, got an empty list")
@@ -280,7 +285,7 @@ class Engine:
     def encode(self, prompt: Any, chat: bool = False) -> list[int]:
         """Token ids of one prompt, as `generate` would use them; its errors are those."""
         ids: list[int]
-        if chat and not _is_ids(prompt):
+        if chat and not is_ids(prompt):
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             if not messages or not all(str(m.get("content", "")).strip() for m in messages):
                 raise ValueError("prompt: expected a message that is not empty")
@@ -288,7 +293,7 @@ class Engine:
         elif isinstance(prompt, str):
             # A tokenizer that adds a first token of its own would make a prompt of nothing.
             ids = self.tokenizer.encode(prompt) if prompt else []
-        elif _is_ids(prompt):
+        elif is_ids(prompt):
             ids = [int(token) for token in prompt]
         else:
             raise TypeError(
@@ -370,6 +375,7 @@ class _Generation:
         params: list[SamplingParams],
         policy: Policy,
         first_request: int,
+        keep_signals: bool,
     ) -> None:
         self._engine, self._policy = engine, policy
         self._prompts, self._params = prompts, params
@@ -380,6 +386,7 @@ class _Generation:
             max_length=engine.max_length,
             device=engine.target.device,
             first_request=first_request,
+            keep_signals=keep_signals,
         )
         size = len(prompts)
         self._tokens: list[list[int]] = [[] for _ in range(size)]
@@ -405,15 +412,18 @@ class _Generation:
             engine._busy.release()
 
     def _run(self, engine: Engine) -> Generator[Chunk, None, None]:
-        packed = engine._pack(self._policy, fmean(p.temperature for p in self._params))
-        loop = engine._loops.take(self._requests)
+        device = engine.target.device
+        with on_device(device):
+            packed = engine._pack(self._policy, fmean(p.temperature for p in self._params))
+            loop = engine._loops.take(self._requests)
         start = time.perf_counter()
         try:
-            for records in loop.run(self._requests, packed):
-                elapsed = time.perf_counter() - start
-                self._add_seconds(loop, elapsed)
-                for record in records:
-                    yield self._advance(loop, record, elapsed)
+            with closing(OnDevice(device, loop.run(self._requests, packed))) as steps:
+                for records in steps:
+                    elapsed = time.perf_counter() - start
+                    self._add_seconds(loop, elapsed)
+                    for record in records:
+                        yield self._advance(loop, record, elapsed)
         except SpeckvError:
             # What is not finite now stands in the caches, or the device has not ended.
             engine._loops.drop()
@@ -421,6 +431,7 @@ class _Generation:
         except KeyboardInterrupt:
             self.interrupted = True
             self._add_seconds(loop, time.perf_counter() - start)
+            self._read_signals(loop)
             for row, finish in enumerate(self._finish):
                 if finish is None:
                     yield self._interrupt(row)
@@ -444,7 +455,15 @@ class _Generation:
         self._finish[row] = finish
         if finish is None:
             return Chunk(text.take(), kept)
+        if all(self._finish):
+            self._read_signals(loop)
         return Chunk(text.take(final=True), kept, finish, self._result(row))
+
+    def _read_signals(self, loop: Loop) -> None:
+        """Once, after the last word from the device: this waits for it."""
+        for row, stats in enumerate(self._stats if self._requests.keep_signals else []):
+            kept = loop.signals(row, len(stats.steps)).tolist() if stats.steps else []
+            stats.signals = [k[:gamma] for k, (gamma, _) in zip(kept, stats.steps, strict=True)]
 
     def _interrupt(self, row: int) -> Chunk:
         self._finish[row] = "interrupted"
@@ -472,18 +491,3 @@ class _Generation:
                     "decision": parts.decision,
                     "total": elapsed,
                 }
-
-
-def _is_ids(prompt: Any) -> bool:
-    if isinstance(prompt, Tensor):
-        return prompt.dim() == 1
-    return (
-        isinstance(prompt, Sequence)
-        and not isinstance(prompt, str)
-        and all(isinstance(token, Integral) and not isinstance(token, bool) for token in prompt)
-    )
-
-
-def _is_one(prompt: Sequence[Any]) -> bool:
-    """Whether a sequence is one prompt: token ids, or chat messages."""
-    return _is_ids(prompt) or all(isinstance(message, Mapping) for message in prompt)

@@ -331,13 +331,13 @@ def test_one_request_at_a_time(engine: Engine) -> None:
 
 def test_after_warmup_nothing_is_allocated_again(engine: Engine) -> None:
     engine.warmup(batch_size=2, length=512)
-    loop = engine._loops._loops["eager"]
+    loop = engine._loops._loop
     assert isinstance(loop, EagerLoop)
     rejection_rows = loop._rejection_rows
     assert rejection_rows is not None
     engine.generate(["hello"] * 2, SAMPLED)
     engine.generate("hello", replace(SAMPLED, coupling="rejection"))
-    assert engine._loops._loops == {"eager": loop} and loop._rejection_rows is rejection_rows
+    assert engine._loops._loop is loop and loop._rejection_rows is rejection_rows
 
 
 def test_description_names_models_and_policy(engine: Engine) -> None:
@@ -397,10 +397,10 @@ def test_numbers_gone_bad_do_not_reach_the_next_request(
     engine = Engine(models[0], Letters(), models[1], policy="fixed:2")
     engine.warmup(length=512)
     models[0].calls, models[0].at = 0, 4
-    before = dict(engine._loops._loops)
+    before = engine._loops._loop
     with pytest.raises(NumericsError):
         engine.generate("hello", GREEDY)
-    assert engine._loops._loops != before, "caches that hold NaN are dropped"
+    assert engine._loops._loop is not before, "caches that hold NaN are dropped"
 
 
 @pytest.mark.parametrize(("dropped", "at_least"), [(0, 1.0), (1, 0.2)])

@@ -15,11 +15,14 @@ from torch import Tensor
 from ..models.base import CausalModel
 from ..models.llama import LlamaDecoder
 from .conditional import DRIVER_MIN, CudaError, Driver
+from .current import on_device
 from .device import DeviceLoop
-from .eager import EagerLoop, Seconds, StepRecord
+from .eager import Seconds, StepRecord
 from .graphed import GraphedLoop
 from .lookup import Lookup
 from .requests import RequestBatch
+from .signals import KeepingEagerLoop
+from .trial import try_conditionals
 
 LOOPS = ("auto", "device", "graphed", "eager")
 """What a user may ask for."""
@@ -28,7 +31,7 @@ _LENGTH_MULTIPLE = 512
 
 
 class Loop(Protocol):
-    """What all loops offer; see `EagerLoop`."""
+    """What all loops offer; see `EagerLoop` and `PlannedLoop`."""
 
     batch: int
     capacity: int
@@ -37,6 +40,8 @@ class Loop(Protocol):
     def run(self, requests: RequestBatch, policy: Tensor) -> Iterator[list[StepRecord]]: ...
 
     def finish(self, row: int) -> None: ...
+
+    def signals(self, row: int, steps: int) -> Tensor: ...
 
     def close(self) -> None: ...
 
@@ -89,7 +94,7 @@ def choose_loop(
     elif wanted == "graphed":
         return Choice("graphed", "as asked for")
     else:
-        problem = _driver_problem(driver)
+        problem = _driver_problem(driver, target.device)
         best = Choice("graphed", problem) if problem else Choice("device")
     if wanted not in ("auto", best.kind):
         raise ValueError(f"loop: expected a pair and a device for {wanted!r}, got: {best.reason}")
@@ -102,8 +107,6 @@ def _not_capturable(
     """Why a pair's forwards cannot stand in a CUDA graph."""
     if target.device.type != "cuda":
         return "CUDA graphs need a GPU"
-    if target.device.index not in (None, current_device()):
-        return f"{target.device} is not torch's current device"
     if lookup is not None:
         return "a lookup searches on the host"
     for model in (target, draft):
@@ -112,8 +115,8 @@ def _not_capturable(
     return None
 
 
-def _driver_problem(driver: Callable[[], Driver]) -> str | None:
-    """Why the driver cannot run conditional nodes."""
+def _driver_problem(driver: Callable[[], Driver], device: torch.device) -> str | None:
+    """Why the driver cannot run conditional nodes; it has run some before this says None."""
     try:
         opened = driver()
         version = opened.version
@@ -125,19 +128,15 @@ def _driver_problem(driver: Callable[[], Driver]) -> str | None:
         needed, found = (f"{v // 1000}.{v % 1000 // 10}" for v in (DRIVER_MIN, version))
         return f"conditional graphs need a driver of CUDA {needed}, found {found}"
     try:
-        opened.try_conditionals()
-    except (CudaError, TypeError, AttributeError) as error:
-        return f"a conditional graph cannot be built: {error}"
+        with on_device(device):
+            try_conditionals(opened, device)
+    except (CudaError, RuntimeError, TypeError, AttributeError) as error:
+        return f"a conditional graph does not run: {error}"
     return None
 
 
-def current_device() -> int:
-    """The device that captures and launches go to."""
-    return torch.cuda.current_device() if torch.cuda.is_available() else 0
-
-
 class Loops:
-    """The loops of a pair, made when first needed and kept.
+    """The loop of a pair, made when first needed, kept, and made anew where it is too small.
 
     Parameters
     ----------
@@ -166,41 +165,35 @@ class Loops:
         self.choice = choose_loop(target, draft, lookup, wanted)
         self._pair, self._lookup, self._max_length = (target, draft), lookup, max_length
         self._id_map = id_map
-        self._loops: dict[str, Loop] = {}
+        self._loop: Loop | None = None
 
     def take(self, requests: RequestBatch) -> Loop:
-        """A loop with room for the requests.
-
-        Rejection sampling keeps a step's draft logits, which only the eager loop does.
-        """
-        kind = "eager" if requests.rejection else self.choice.kind
-        return self._grown(kind, requests.size, max(requests.limits))
+        """The loop, with room for the requests."""
+        return self._grown(requests.size, max(requests.limits))
 
     def reserve(self, batch: int, length: int) -> None:
-        """Make room for requests of up to this size, of any coupling."""
-        for kind in dict.fromkeys((self.choice.kind, "eager")):
-            self._grown(kind, batch, length)
+        """Make room for requests of up to this size."""
+        self._grown(batch, length)
 
     def drop(self) -> None:
-        """Forget all loops: what stands in their caches must not reach later requests."""
-        for loop in self._loops.values():
+        """Forget the loop: what stands in its caches must not reach later requests."""
+        loop, self._loop = self._loop, None
+        if loop is not None:
             loop.close()
-        self._loops.clear()
 
-    def _grown(self, kind: str, batch: int, length: int) -> Loop:
-        loop = self._loops.get(kind)
+    def _grown(self, batch: int, length: int) -> Loop:
+        loop = self._loop
         if loop is None or loop.batch < batch or loop.capacity < length:
             batch = max(batch, loop.batch if loop else 0)
             length = max(length, loop.capacity if loop else 0)
             length = min(-(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE, self._max_length)
-            if loop is not None:  # its memory goes before the new one's comes
-                self._loops.pop(kind).close()
             del loop
-            self._loops[kind] = loop = self._make(kind, batch, length)
+            self.drop()  # its memory goes before the new one's comes
+            self._loop = loop = self._make(batch, length)
         return loop
 
-    def _make(self, kind: str, batch: int, length: int) -> Loop:
+    def _make(self, batch: int, length: int) -> Loop:
         size: dict[str, Any] = {"batch": batch, "capacity": length, "id_map": self._id_map}
-        if kind == "eager":
-            return EagerLoop(*self._pair, **size, lookup=self._lookup)
-        return (DeviceLoop if kind == "device" else GraphedLoop)(*self._pair, **size)
+        if self.choice.kind == "eager":
+            return KeepingEagerLoop(*self._pair, **size, lookup=self._lookup)
+        return (DeviceLoop if self.choice.kind == "device" else GraphedLoop)(*self._pair, **size)

@@ -4,14 +4,17 @@ Works come as captured graphs and become child-graph nodes, chained in the order
 `Set` becomes the one-thread kernel of `speckv.kernels.set_conditions`; `While`, `If` and `Switch`
 become conditional nodes, whose bodies are built likewise. Facts that this rests on are those of the
 driver's documentation: a handle is of the top graph and of one conditional node, bodies are known
-once the node was added, and a graph with conditional nodes has one executable at a time.
+once the node was added, and a graph with conditional nodes has one executable at a time. No IF has
+a second body, whose child graphs drivers before CUDA 13 mistake for the first's.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib
+import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from ..errors import SpeckvError
@@ -62,29 +65,25 @@ class Driver:
         """Of the driver, such as 13000."""
         return int(self.call("cuDriverGetVersion"))
 
-    def try_conditionals(self) -> None:
-        """Build and instantiate, without launching, a graph of every kind of node that plans need.
+    def context(self) -> Any:
+        """The calling thread's context.
 
         Raises
         ------
-        CudaError, TypeError, AttributeError
-            If the driver, or this version of cuda-bindings, cannot.
+        CudaError
+            There is none: a thread has one once it has called CUDA's runtime.
         """
-        graph = self.new_graph()
-        handles = [self.new_handle(graph) for _ in range(3)]
-        node = self.add_set_conditions(graph, [], 0, [(handle, 0) for handle in handles])
-        for kind, handle, size in zip(("WHILE", "IF", "SWITCH"), handles, (1, 1, 2), strict=True):
-            node, bodies = self.add_conditional(graph, [node], kind, handle, size)
-            for body in bodies:
-                self.add_set_conditions(body, [], 0, [(handle, 0)])
-        self.destroy(self.instantiate(graph), graph)
+        context = self.call("cuCtxGetCurrent")
+        if int(context) == 0:
+            raise CudaError("cuCtxGetCurrent: no context is current in this thread")
+        return context
 
     def new_graph(self) -> Any:
         return self.call("cuGraphCreate", 0)
 
     def new_handle(self, graph: Any) -> Any:
         """A condition of a node in ``graph`` or in a body within; 0 at first."""
-        context = self.call("cuCtxGetCurrent")
+        context = self.context()
         flag = int(self._api.CU_GRAPH_COND_ASSIGN_DEFAULT)
         return self.call("cuGraphConditionalHandleCreate", graph, context, 0, flag)
 
@@ -104,7 +103,7 @@ class Driver:
         kinds = api.CUgraphConditionalNodeType
         parameters.conditional.type = getattr(kinds, f"CU_GRAPH_COND_TYPE_{kind}")
         parameters.conditional.size = size
-        parameters.conditional.ctx = self.call("cuCtxGetCurrent")
+        parameters.conditional.ctx = self.context()
         node = self.call("cuGraphAddNode", graph, after, None, len(after), parameters)
         return node, [parameters.conditional.phGraph_out[i] for i in range(size)]
 
@@ -135,12 +134,17 @@ class Driver:
     def instantiate(self, graph: Any) -> Any:
         return self.call("cuGraphInstantiate", graph, 0)
 
+    def upload(self, executable: Any, stream: int) -> None:
+        """Bring a graph to the device ahead of its first launch."""
+        self.call("cuGraphUpload", executable, self._api.CUstream(stream))
+
     def launch(self, executable: Any, stream: int) -> None:
         self.call("cuGraphLaunch", executable, self._api.CUstream(stream))
 
-    def destroy(self, executable: Any, graph: Any) -> None:
-        self.call("cuGraphExecDestroy", executable)
-        self.call("cuGraphDestroy", graph)
+    def destroy(self, call: str, what: Any) -> None:
+        """Give something back; what the driver says of that helps nobody."""
+        with suppress(CudaError):
+            self.call(call, what)
 
     def _function(self) -> Any:
         if self._set_conditions is None:
@@ -152,6 +156,8 @@ class Driver:
 
 class PlanGraph:
     """A plan that one launch runs to its end.
+
+    The driver's graphs go with this object, or with `close`. One that is running then ends first.
 
     Parameters
     ----------
@@ -166,17 +172,26 @@ class PlanGraph:
     def __init__(self, plan: of.Plan, works: Mapping[str, int], words: int, driver: Driver) -> None:
         self._driver, self._works, self._words = driver, works, words
         self._graph = driver.new_graph()
-        self._handles = {name: driver.new_handle(self._graph) for name in of.handles(plan)}
-        self._build(self._graph, plan)
-        self._executable = driver.instantiate(self._graph)
+        owned = [("cuGraphDestroy", self._graph)]
+        self.close = weakref.finalize(self, _destroy, driver, owned)
+        """Give the graph back to the driver."""
+        self.close.atexit = False
+        try:
+            self._handles = {name: driver.new_handle(self._graph) for name in of.handles(plan)}
+            self._build(self._graph, plan)
+            self._executable = driver.instantiate(self._graph)
+        except BaseException:
+            self.close()
+            raise
+        owned.insert(0, ("cuGraphExecDestroy", self._executable))
+
+    def upload(self, stream: int) -> None:
+        """Bring it to the device ahead of its first launch."""
+        self._driver.upload(self._executable, stream)
 
     def launch(self, stream: int) -> None:
         """Enqueue a run; there must be one at a time."""
         self._driver.launch(self._executable, stream)
-
-    def close(self) -> None:
-        """Give the graph back to the driver."""
-        self._driver.destroy(self._executable, self._graph)
 
     def _build(self, graph: Any, plan: of.Plan) -> None:
         driver, after = self._driver, list[Any]()
@@ -194,3 +209,8 @@ class PlanGraph:
                 for body, inner in zip(bodies, made, strict=True):
                     self._build(inner, body)
             after = [added]
+
+
+def _destroy(driver: Driver, owned: list[tuple[str, Any]]) -> None:
+    for call, what in owned:
+        driver.destroy(call, what)

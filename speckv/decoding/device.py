@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from . import plan as of
 from .conditional import Driver, PlanGraph
 from .eager import StepRecord
-from .graphed import GraphedLoop, synchronize
+from .graphed import GraphedLoop
 from .planned import Reader
 from .works import Form, Works
 
@@ -40,33 +41,31 @@ class DeviceLoop(GraphedLoop):
     def __init__(self, *arguments: Any, driver: Driver | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._driver = driver or Driver()
-        self._plans: dict[Form, PlanGraph] = {}
-        self._launched = False
         self.launch_seconds = 0.0
 
-    def _prepare(self, works: Works) -> Works:
-        works = super()._prepare(works)
+    @property
+    def _plans(self) -> dict[Form, PlanGraph]:
+        return self._in_flight.graphs
+
+    def _prepare(self, works: Works) -> None:
+        super()._prepare(works)
         graphs = {name: g.raw_cuda_graph() for name, g in self._graphs[works.form].items()}
         words = works.loop.conditions.data_ptr()
-        self._plans[works.form] = PlanGraph(works.plan, graphs, words, self._driver)
-        return works
+        self._plans[works.form] = graph = PlanGraph(works.plan, graphs, words, self._driver)
+        graph.upload(current_stream(self.target.device))  # not within the first generation
 
-    def _release(self) -> None:
-        super()._release()
-        for graph in self._plans.values():
+    def _replayed(self, works: Works) -> list[str]:
+        return [of.CLOSE]  # after the prefill
+
+    def _forget(self, form: Form) -> None:
+        super()._forget(form)
+        if graph := self._plans.pop(form, None):
             graph.close()
-        self._plans.clear()
-
-    def _begin(self, *arguments: Any) -> None:
-        if self._launched:  # an abandoned generation may not have ended
-            synchronize(self.target.device)
-            self._launched = False
-        super()._begin(*arguments)
 
     def _decode(self, works: Works, reader: Reader) -> Iterator[list[StepRecord]]:
         if reader.done:
             return
-        self._launched = True
+        self._in_flight.launched = True
         start = time.perf_counter()
         self._plans[works.form].launch(current_stream(self.target.device))
         self.launch_seconds = time.perf_counter() - start

@@ -18,7 +18,12 @@ BEGIN, CATCH_UP, FIRST, NEXT, CLOSE = "begin", "catch-up", "first", "next", "clo
 another; the step is told to the host. Each ends by publishing the conditions."""
 
 RUNNING, LAGGING, DRAFTING, MORE, WIDTH = "running", "lagging", "drafting", "more", "width"
+LENGTH = "length"
 """Handles: one a conditional node."""
+
+DRAFTS = ("while", "chain", "switch")
+"""How a plan drafts. ``while``: again while a row drafts. ``chain``: so too, each further token
+under an IF of its own. ``switch``: a SWITCH over unrolled lengths, for policies of fixed γ only."""
 
 
 @dataclass(frozen=True)
@@ -72,40 +77,69 @@ def publishes(name: str) -> bool:
     return not name.startswith("verify")
 
 
-def generation_plan(gamma_cap: int) -> Plan:
+def generation_plan(gamma_cap: int, drafts: str = "while") -> Plan:
     """Steps until no row runs.
+
+    A handle is set in the very body that its node stands in, ahead of it, and that of a WHILE at
+    the end of its own body besides: whether values outlast an iteration of an outer loop, and
+    whether one may be set from within another node, is then of no consequence. An IF has one body:
+    drivers before CUDA 13 give child graphs of two to the wrong one.
 
     Parameters
     ----------
     gamma_cap : int
         Most draft tokens of a step, 0 to 15; with 0 there is no draft.
+    drafts : str
+        One of `DRAFTS`.
 
     Raises
     ------
     ValueError
-        If it is outside that range.
+        If either is another.
     """
     if not 0 <= gamma_cap <= at.GAMMA_MAX:
         raise ValueError(f"gamma_cap: expected 0 to {at.GAMMA_MAX}, got {gamma_cap}")
-    running = (RUNNING, at.RUNNING_ROWS)
-    if gamma_cap == 0:
-        one = (Work(verify_work(1)), Work(CLOSE), Set((running,)))
-        return Work(BEGIN), Set((running,)), While(RUNNING, one)
-    lagging, drafting = (LAGGING, at.LAGGING_ROWS), (DRAFTING, at.DRAFTING_ROWS)
-    width, more = (WIDTH, at.MOST_DRAFTED), (MORE, at.DRAFTING_ROWS)
-    begin = Set((running, lagging, drafting, width))
-    draft: Plan = (Work(FIRST), Set((width,)))
+    if drafts not in DRAFTS:
+        raise ValueError(f"drafts: expected one of {', '.join(DRAFTS)}, got {drafts!r}")
+    running = Set(((RUNNING, at.RUNNING_ROWS),))
+    verify = tuple((Work(verify_work(w)),) for w in range(1, gamma_cap + 2))
+    step: Plan = (*verify[0], Work(CLOSE), running)
+    if gamma_cap:
+        step = (
+            *_draft(gamma_cap, drafts),
+            Set(((WIDTH, at.MOST_DRAFTED),)),
+            Switch(WIDTH, verify),
+            Work(CLOSE),
+            running,
+        )
+    return Work(BEGIN), running, While(RUNNING, step)
+
+
+def _draft(gamma_cap: int, drafts: str) -> Plan:
+    """What a step does before it verifies."""
+    lagging = (LAGGING, at.LAGGING_ROWS)
+    catch_up = While(LAGGING, (Work(CATCH_UP), Set((lagging,))))
+    if drafts == "switch":
+        unrolled: list[Plan] = [(Work(FIRST), *[Work(NEXT)] * n) for n in range(gamma_cap)]
+        nothing: Plan = (Set(()),)  # whether a body may be empty nobody says
+        lengths: tuple[Plan, ...] = (nothing, *unrolled)
+        begin = Set((lagging, (LENGTH, at.FIXED_GAMMA)))
+        return begin, catch_up, Switch(LENGTH, lengths)
+    begin = Set((lagging, (DRAFTING, at.DRAFTING_ROWS)))
+    if drafts == "chain":
+        nexts = [f"{MORE}-{n}" for n in range(2, gamma_cap + 1)]
+        chain = ((_set_drafting(name), If(name, (Work(NEXT),))) for name in nexts)
+        again: Plan = tuple(node for pair in chain for node in pair)
+        return begin, catch_up, If(DRAFTING, (Work(FIRST),)), *again
+    first: Plan = (Work(FIRST),)
     if gamma_cap > 1:
-        again = (Work(NEXT), Set((more, width)))
-        draft = (Work(FIRST), Set((more, width)), While(MORE, again))
-    step: Plan = (
-        While(LAGGING, (Work(CATCH_UP), Set((lagging,)))),
-        If(DRAFTING, draft),
-        Switch(WIDTH, tuple((Work(verify_work(w)),) for w in range(1, gamma_cap + 2))),
-        Work(CLOSE),
-        begin,
-    )
-    return Work(BEGIN), begin, While(RUNNING, step)
+        more = _set_drafting(MORE)
+        first = (Work(FIRST), more, While(MORE, (Work(NEXT), more)))
+    return begin, catch_up, If(DRAFTING, first)
+
+
+def _set_drafting(handle: str) -> Set:
+    return Set(((handle, at.DRAFTING_ROWS),))
 
 
 def works(plan: Plan) -> list[str]:
@@ -182,7 +216,7 @@ def launches_per_step(plan: Plan, launches: Mapping[str, int], gamma: int) -> in
         Kernels of each work. A `Set` is one more.
     """
     drafted = total = 0
-    closed = False
+    begun = closed = False
 
     def run(name: str) -> None:
         nonlocal drafted, total, closed
@@ -191,13 +225,15 @@ def launches_per_step(plan: Plan, launches: Mapping[str, int], gamma: int) -> in
         closed = name == CLOSE
 
     def read(conditions: list[int]) -> list[int]:
-        nonlocal total
-        total += drafted > 0 or closed  # those ahead of the first step are not of a step
+        nonlocal total, begun
+        total += begun  # what is set ahead of the first step is not of a step
+        begun = True
         values = {
             at.RUNNING_ROWS: int(not closed),
             at.DRAFTING_ROWS: int(drafted < gamma),
             at.LAGGING_ROWS: 0,
             at.MOST_DRAFTED: drafted,
+            at.FIXED_GAMMA: gamma,
         }
         return [values[condition] for condition in conditions]
 

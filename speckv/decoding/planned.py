@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from ..kernels import layout as at
 from ..kernels.layout import LoopState, StepState
 from ..models.base import CausalModel
 from . import plan as of
+from .draft_rows import DraftRows
 from .eager import Seconds, StepRecord, draft_vocabulary, missing_draft, not_finite
 from .requests import RequestBatch
 from .works import Form, Models, Works
@@ -41,8 +42,9 @@ class PlannedLoop:
         Most rows, and most tokens of a row.
     id_map : int32 [V_draft], optional
         Target id of each draft id.
-    keep_signals : bool
-        Keep every step's draft signals on the device (`LoopState.signals`).
+    drafts : "while" | "chain" | "switch"
+        How the plan of a step drafts; see `plan.DRAFTS`. Tokens and steps are the same; what it
+        costs differs. With ``switch``, which fixes γ before drafting, policies must be of fixed γ.
 
     Attributes
     ----------
@@ -58,28 +60,25 @@ class PlannedLoop:
         batch: int,
         capacity: int,
         id_map: Tensor | None = None,
-        keep_signals: bool = False,
+        drafts: str = "while",
     ) -> None:
-        self.target, self.draft = target, draft
+        of.generation_plan(0, drafts)  # refuses what there is none of
+        self.target, self.draft, self.drafts = target, draft, drafts
         self.batch, self.capacity = batch, capacity
         self.seconds = Seconds()
         device = target.device
         self._state = StepState.allocate(batch, capacity + at.WIDTH_MAX, device)
         self._shared = LoopState.allocate(
-            batch,
-            capacity,
-            device,
-            conditions_on_host=self._reads_conditions,
-            signals=keep_signals,
+            batch, capacity, device, conditions_on_host=self._reads_conditions
         )
-        draft_cache = None
-        input_ids = None
+        target_cache = target.new_cache(batch, capacity)
+        self._models = Models(target, target_cache, None, None)
         if draft is not None:
-            draft_cache = draft.new_cache(batch, min(capacity, draft.max_positions))
-            input_ids = draft_vocabulary(target, draft, id_map)[1]
-        self._models = Models(
-            target, target.new_cache(batch, capacity), draft, draft_cache, id_map, input_ids
-        )
+            cache = draft.new_cache(batch, min(capacity, draft.max_positions))
+            ids = draft_vocabulary(target, draft, id_map)
+            self._models = Models(target, target_cache, draft, cache, id_map, *ids)
+        self._draft_rows: DraftRows | None = None
+        self._signals: Tensor | None = None
         self._works: dict[Form, Works] = {}
         self._generation = 0
         self._reader: Reader | None = None
@@ -103,13 +102,15 @@ class PlannedLoop:
         Raises
         ------
         ValueError
-            Rejection sampling, or more rows or tokens than there is room for.
+            More rows or tokens than there is room for; a policy that drafts, without a draft; one
+            that decides after each token, where the plan does so before the first.
         NumericsError
             A row of logits held NaN or +inf, or nothing but -inf.
         """
         policy = policy.cpu()
         form = Form.of(requests, policy)
-        self._check(requests, form)
+        self._check(requests, form, policy)
+        self._drain()
         works = self._works_for(form)
         start = time.perf_counter()
         self.seconds = Seconds(draft=math.nan, verify=math.nan, decision=math.nan)
@@ -134,16 +135,32 @@ class PlannedLoop:
         if self._reader is not None:
             self._reader.forget(row)
 
+    def signals(self, row: int, steps: int) -> Tensor:
+        """Draft signals of the first ``steps`` steps of row ``row`` of a run that kept them.
+
+        Reads the device, which waits for it: call it once the row's last record is there.
+
+        Returns
+        -------
+        float32 [steps, GAMMA_MAX, SIGNALS], on the CPU
+            Of a step with γ draft tokens, the first γ.
+
+        Raises
+        ------
+        ValueError
+            The requests did not ask for them.
+        """
+        if self._signals is None:
+            raise ValueError("signals: expected requests with keep_signals")
+        return self._signals[row, 1 : 1 + steps].cpu()  # the first record is the prefill's
+
     def close(self) -> None:
         """Give everything back; the loop cannot be used again."""
         self._shared.cancel.fill_(1)
-        self._release()
-        for works in self._works.values():
-            works.close()
         self._works.clear()
 
-    def _release(self) -> None:
-        """Give back what works were prepared into; what runs has been cancelled."""
+    def _drain(self) -> None:
+        """Wait for the end of what an abandoned generation has left running."""
 
     def _decode(self, works: Works, reader: Reader) -> Iterator[list[StepRecord]]:
         """Every step after the prefill's."""
@@ -181,22 +198,55 @@ class PlannedLoop:
         if not ready():
             raise RuntimeError("a work has not written what it was to write")
 
-    def _check(self, requests: RequestBatch, form: Form) -> None:
-        if requests.rejection:
-            raise ValueError("coupling: expected 'gumbel' in this loop, got 'rejection'")
+    def _check(self, requests: RequestBatch, form: Form, policy: Tensor) -> None:
         requests.check_room(self.batch, self.capacity)
         if form.gamma_cap and self.draft is None:
             raise missing_draft()
+        if self.drafts == "switch" and policy[at.MODE] != at.MODE_FIXED:
+            raise ValueError(
+                "policy: expected a fixed γ where it is decided before drafting (drafts='switch')"
+            )
 
     def _works_for(self, form: Form) -> Works:
         if form not in self._works:
             state, loop = self._state.narrow(form.batch), self._shared.narrow(form.batch)
-            self._works[form] = self._prepare(Works(form, self._models, state, loop))
+            if form.signals:
+                loop = replace(loop, signals=self._kept_signals()[: form.batch])
+            kept = self._kept_drafts(form) if form.rejection else None
+            works = Works(form, self._models, state, loop, kept, drafts=self.drafts)
+            try:
+                self._prepare(works)
+            except BaseException:  # an interruption too: what is half prepared must not be found
+                self._forget(form)
+                raise
+            self._works[form] = works
         return self._works[form]
 
-    def _prepare(self, works: Works) -> Works:
+    def _prepare(self, works: Works) -> None:
         """Whatever is to be done once for works of a new form."""
-        return works
+
+    def _forget(self, form: Form) -> None:
+        """Give back what works of a form were prepared into."""
+
+    def _kept_signals(self) -> Tensor:
+        if self._signals is None:
+            shape = (self.batch, self.capacity, at.GAMMA_MAX, at.SIGNALS)
+            self._signals = torch.zeros(shape, device=self.target.device)
+        return self._signals
+
+    def _kept_drafts(self, form: Form) -> DraftRows:
+        """Where rejection sampling keeps what a step's tokens were drawn from.
+
+        One place for all forms; of steps that draft nothing, none is read.
+        """
+        model = self.draft or self.target
+        if not form.gamma_cap:
+            one = DraftRows.allocate(1, model.vocab_size, model).logits[:, :1]
+            none = DraftRows.allocate(form.batch, 1, model)
+            return replace(none, logits=one.expand(form.batch, at.GAMMA_MAX, -1))
+        if self._draft_rows is None:
+            self._draft_rows = DraftRows.allocate(self.batch, model.vocab_size, model)
+        return self._draft_rows.narrow(form.batch)
 
     def _begin(self, requests: RequestBatch, works: Works) -> None:
         """Put the requests where the kernels find them."""

@@ -36,6 +36,8 @@ class RequestBatch:
     truncated : bool
         Whether any row's top-k or top-p drops tokens.
     coupling : "gumbel" | "rejection"
+    keep_signals : bool
+        Whether the loop keeps the draft signals of every step.
     """
 
     prompts: list[list[int]]
@@ -48,6 +50,7 @@ class RequestBatch:
     top_p: Tensor | None
     truncated: bool
     coupling: str
+    keep_signals: bool = False
 
     @classmethod
     def build(
@@ -59,6 +62,7 @@ class RequestBatch:
         max_length: int,
         device: torch.device,
         first_request: int = 0,
+        keep_signals: bool = False,
     ) -> RequestBatch:
         """A batch from prompts and their parameters.
 
@@ -94,6 +98,7 @@ class RequestBatch:
             top_p=column([p.top_p for p in params], torch.float32),
             truncated=sampled and any(p.top_k > 0 or p.top_p < 1 for p in params),
             coupling=couplings.pop(),
+            keep_signals=keep_signals,
         )
 
     def check_room(self, batch: int, capacity: int) -> None:

@@ -25,6 +25,8 @@ class Stats:
         ``total``; host wall time, of the whole batch where requests ran together.
     token_times : list of float
         Seconds from the start of the request to the commitment of each token.
+    signals : list of list of (entropy, confidence, margin, token probability), or None
+        Of every draft token of every step, where they were asked for; entropy in bits.
     """
 
     prompt_tokens: int = 0
@@ -32,6 +34,7 @@ class Stats:
     steps: list[tuple[int, int]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     token_times: list[float] = field(default_factory=list)
+    signals: list[list[list[float]]] | None = None
 
     @property
     def gamma_histogram(self) -> dict[int, int]:

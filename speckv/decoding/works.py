@@ -7,9 +7,7 @@ every request of its form.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -22,6 +20,7 @@ from ..kernels.layout import LoopState, StepState
 from ..models.base import CausalModel
 from ..models.cache import KVCache
 from . import plan as of
+from .draft_rows import DraftRows
 from .eager import operations
 from .prepared import prepared
 from .requests import RequestBatch
@@ -42,6 +41,10 @@ class Form:
         Whether any row samples, and whether any has a top-k or top-p.
     eos : int
         Columns of ids that end a row.
+    rejection : bool
+        Whether drafts are accepted by rejection sampling.
+    signals : bool
+        Whether the draft signals of every step are kept.
     """
 
     batch: int
@@ -49,6 +52,8 @@ class Form:
     sampled: bool
     truncated: bool
     eos: int
+    rejection: bool = False
+    signals: bool = False
 
     @classmethod
     def of(cls, requests: RequestBatch, policy: Tensor) -> Form:
@@ -59,19 +64,30 @@ class Form:
             sampled=requests.inv_temperature is not None,
             truncated=requests.truncated,
             eos=-(-requests.eos.shape[1] // _EOS_MULTIPLE) * _EOS_MULTIPLE,
+            rejection=requests.rejection,
+            signals=requests.keep_signals,
         )
 
 
 @dataclass(frozen=True)
 class Models:
-    """The pair, its caches, and how a target id becomes the draft's and back."""
+    """The pair, its caches, and how a target id becomes the draft's and back.
+
+    Attributes
+    ----------
+    id_map : int32 [V_draft] or None
+        Target id of each draft id.
+    draft_ids, input_ids : int32 [V] or None
+        As of `draft_vocabulary`.
+    """
 
     target: CausalModel
     target_cache: KVCache
     draft: CausalModel | None
     draft_cache: KVCache | None
-    id_map: Tensor | None
-    input_ids: Tensor | None
+    id_map: Tensor | None = None
+    draft_ids: Tensor | None = None
+    input_ids: Tensor | None = None
 
     @property
     def draft_positions(self) -> int:
@@ -89,7 +105,11 @@ class Works:
     state : StepState
         Of as many rows as the form's batch.
     loop : LoopState
-        Likewise.
+        Likewise; with signals if the form has them.
+    kept : DraftRows, optional
+        Likewise; for rejection sampling.
+    drafts : str
+        How the plan drafts: one of `plan.DRAFTS`.
 
     Attributes
     ----------
@@ -97,10 +117,19 @@ class Works:
         Of a generation of this form.
     """
 
-    def __init__(self, form: Form, models: Models, state: StepState, loop: LoopState) -> None:
+    def __init__(
+        self,
+        form: Form,
+        models: Models,
+        state: StepState,
+        loop: LoopState,
+        kept: DraftRows | None = None,
+        *,
+        drafts: str = "while",
+    ) -> None:
         self.form, self.state, self.loop = form, state, loop
-        self.plan = of.generation_plan(form.gamma_cap)
-        self._models = models
+        self.plan = of.generation_plan(form.gamma_cap, drafts)
+        self._models, self._kept = models, kept
         device, batch = state.rows.device, form.batch
         self._operations = prepared(operations(device))
         self._between = step_operations(device)
@@ -116,20 +145,30 @@ class Works:
             self._top_p = torch.ones(batch, device=device)
         self._columns: dict[int, list[Tensor]] = {}
         widths = range(1, form.gamma_cap + 2)
-        self._calls: dict[str, Callable[[], None]] = {
-            of.verify_work(width): partial(self._verify, *self._inputs(width)) for width in widths
-        }
-        self._calls[of.BEGIN] = self._publish
-        self._calls[of.CLOSE] = self._close
+        self._verifies = {of.verify_work(width): self._inputs(width) for width in widths}
+        self._drafts: dict[str, tuple[int, tuple[Tensor, Tensor]]] = {}
         if form.gamma_cap:
-            purposes = (of.CATCH_UP, of.FIRST, of.NEXT)
-            for purpose, name in enumerate(purposes):
-                inputs = self._inputs(at.INPUT_WIDTHS[purpose])
-                self._calls[name] = partial(self._draft, purpose, *inputs)
+            for purpose, name in enumerate((of.CATCH_UP, of.FIRST, of.NEXT)):
+                self._drafts[name] = purpose, self._inputs(at.INPUT_WIDTHS[purpose])
 
     def __call__(self, name: str) -> None:
         """Run, or enqueue, a work."""
-        self._calls[name]()
+        if name in self._verifies:
+            self._verify(*self._verifies[name])
+        elif name in self._drafts:
+            purpose, inputs = self._drafts[name]
+            self._draft(purpose, *inputs)
+        elif name == of.CLOSE:
+            self._close()
+        elif name == of.BEGIN:
+            self._publish()
+        else:
+            raise KeyError(name)
+
+    @property
+    def names(self) -> list[str]:
+        """The works there are."""
+        return [of.BEGIN, *self._drafts, *self._verifies, of.CLOSE]
 
     def load(self, requests: RequestBatch, policy: Tensor) -> None:
         """Take over requests of the form, and a packed policy."""
@@ -149,33 +188,42 @@ class Works:
             for column, repeated in zip(columns, self._repeated(width), strict=True):
                 column.copy_(repeated)
 
-    def close(self) -> None:
-        """Let go of the buffers: the calls and this object hold each other."""
-        self._calls.clear()
-
-    @property
-    def names(self) -> list[str]:
-        """The works there are."""
-        return list(self._calls)
-
     def _publish(self) -> None:
-        self._between.publish_conditions(self.state, self.loop)
+        cap = self.form.gamma_cap
+        self._between.publish_conditions(self.state, self.loop, gamma_cap=cap)
 
     def accept(self, logits: Tensor) -> None:
         """Commit what the target says; logits [B, W, V]."""
         batch, width, _ = logits.shape
-        cutoffs = None
-        if self.form.truncated:
-            cutoffs = self._cutoff(logits.flatten(0, 1), width).view(batch, width)
-        self._operations.verify(
+        shared = {
+            "eos": self._eos,
+            "inv_temperature": self._inv_temperature,
+            "seeds": self._seeds,
+        }
+        cutoffs = lse = None
+        if self._needs_cutoffs:
+            found = self._cutoff(logits.flatten(0, 1), width)
+            cutoffs, lse = (column.view(batch, width) for column in found)
+        if not self.form.rejection:
+            self._operations.verify(logits, self.state, self._policy, **shared, cutoffs=cutoffs)
+            return
+        assert self._kept is not None
+        self._operations.verify_rejection(
             logits,
             self.state,
             self._policy,
-            eos=self._eos,
-            inv_temperature=self._inv_temperature,
-            seeds=self._seeds,
+            **shared,
             cutoffs=cutoffs,
+            lse=lse,
+            draft_logits=self._kept.logits,
+            draft_cutoffs=self._kept.cutoffs,
+            draft_lse=self._kept.lse,
+            draft_ids=self._models.draft_ids,
         )
+
+    @property
+    def _needs_cutoffs(self) -> bool:
+        return self.form.truncated or self.form.rejection
 
     def _inputs(self, width: int) -> tuple[Tensor, Tensor]:
         batch, device = self.form.batch, self.state.rows.device
@@ -199,32 +247,40 @@ class Works:
         last = tokens.shape[1] - 1
         logits = draft.forward(tokens, positions, cache, slots=self._slots, select=last)
         if purpose != at.INPUTS_CATCH_UP:
-            cutoffs = self._cutoff(logits, 1) if self.form.truncated else None
-            self._operations.draft_step(
-                logits,
-                self.state,
-                self._policy,
-                inv_temperature=self._inv_temperature,
-                seeds=self._seeds,
-                id_map=models.id_map,
-                cutoffs=cutoffs,
-                coupling="gumbel",
-            )
+            self._choose(logits)
         self._publish()
+
+    def _choose(self, logits: Tensor) -> None:
+        """Every row's next draft token; logits [B, V_draft]."""
+        cutoffs = None
+        if self._needs_cutoffs:
+            cutoffs, lse = self._cutoff(logits, 1)
+            if self._kept is not None:
+                kept = (self._kept.logits, self._kept.cutoffs, self._kept.lse)
+                self._between.keep_draft(self.state, logits, cutoffs, lse, kept=kept)
+        self._operations.draft_step(
+            logits,
+            self.state,
+            self._policy,
+            inv_temperature=self._inv_temperature,
+            seeds=self._seeds,
+            id_map=self._models.id_map,
+            cutoffs=cutoffs,
+            coupling="rejection" if self.form.rejection else "gumbel",
+        )
 
     def _close(self) -> None:
         positions = self._models.draft_positions if self.form.gamma_cap else 0
         self._between.close_step(self.state, self.loop, draft_positions=positions)
         self._publish()
 
-    def _cutoff(self, logits: Tensor, width: int) -> Tensor:
-        """Cutoffs [B * width] of logits [B * width, V]."""
+    def _cutoff(self, logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Cutoffs and log-sum-exps [B * width] of logits [B * width, V]."""
         if width not in self._columns:
             self._columns[width] = self._repeated(width)
-        found: Tensor = self._operations.cutoff(
-            logits, *self._columns[width], rows=self.state.rows
-        )[0]
-        return found
+        columns = self._columns[width]
+        cutoffs, lse = self._operations.cutoff(logits, *columns, rows=self.state.rows)
+        return cutoffs, lse
 
     def _repeated(self, width: int) -> list[Tensor]:
         columns = (self._inv_temperature, self._top_k, self._top_p)
@@ -232,8 +288,8 @@ class Works:
 
 
 def step_operations(device: torch.device) -> Any:
-    """Where `step_inputs`, `close_step` and `publish_conditions` come from: bare launches on CUDA,
-    on arguments that are prepared once and never change."""
+    """Where `step_inputs`, `close_step`, `publish_conditions` and `keep_draft` come from: bare
+    launches on CUDA, on arguments that are prepared once and never change."""
     if device.type != "cuda":
         return reference_step
     from ..kernels import loop_step
@@ -243,5 +299,5 @@ def step_operations(device: torch.device) -> Any:
 
 def launches(module: ModuleType) -> SimpleNamespace:
     """The launches of `speckv.kernels.loop_step` by the names of their functions."""
-    names = ("step_inputs", "close_step", "publish_conditions")
+    names = ("step_inputs", "close_step", "publish_conditions", "keep_draft")
     return SimpleNamespace(**{name: getattr(module, f"{name}_out") for name in names})

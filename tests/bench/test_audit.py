@@ -98,6 +98,9 @@ def test_loops_on_graphs_read_nothing(policy: str, monkeypatch: pytest.MonkeyPat
             self._work, self._address = work, len(children)
             children[self._address] = self.replay
 
+        def instantiate(self) -> None:
+            pass
+
         def replay(self) -> None:
             with audit.paused():
                 self._work()

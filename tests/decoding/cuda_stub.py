@@ -12,6 +12,7 @@ from speckv.kernels import set_conditions
 
 SUCCESS, INVALID_VALUE = 0, 1
 CONTEXT = 77
+UNKNOWN = 12_345
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Recorded:
     detail: Any
 
 
-@dataclass
+@dataclass(eq=False)
 class Graph:
     nodes: list[Recorded] = field(default_factory=list)
     inside: bool = False
@@ -68,6 +69,9 @@ class Api:
         self.values: dict[int, int] = {}
         self.launches: list[int] = []
         self.images: list[bytes] = []
+        self.uploads: list[int] = []
+        self.executables: list[Graph] = []
+        self.ran: list[int] = []
 
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("cu") and name == object.__getattribute__(self, "_fails"):
@@ -135,15 +139,25 @@ class Api:
 
     def cuGraphInstantiate(self, graph: Graph, flags: int) -> tuple[int, Graph]:
         assert not graph.inside and flags == 0
+        assert graph not in self.executables, "one at a time"
+        _assert_filled(graph)
+        self.executables.append(graph)
         return SUCCESS, graph
 
+    def cuGraphUpload(self, executable: Graph, stream: int) -> tuple[int]:
+        assert executable in self.executables
+        self.uploads.append(stream)
+        return (SUCCESS,)
+
     def cuGraphLaunch(self, executable: Graph, stream: int) -> tuple[int]:
+        assert executable in self.executables
         self.launches.append(stream)
         self.values = dict.fromkeys(self.handles, 0)
         self._run(executable)
         return (SUCCESS,)
 
     def cuGraphExecDestroy(self, executable: Graph) -> tuple[int]:
+        self.executables.remove(executable)
         return (SUCCESS,)
 
     def cuGraphDestroy(self, graph: Graph) -> tuple[int]:
@@ -170,6 +184,7 @@ class Api:
         for before, node in zip([None, *graph.nodes], graph.nodes, strict=False):
             assert node.after == ([] if before is None else [before])
             if node.kind == "GRAPH":
+                self.ran.append(node.detail)
                 self._children[node.detail]()
             elif node.kind == "KERNEL":
                 words, values = node.detail
@@ -179,13 +194,32 @@ class Api:
             else:
                 self._branch(node)
 
+    def _forget(self, body: Graph) -> None:
+        """Whether handles keep their values from one iteration to the next nobody promises."""
+        for node in body.nodes:
+            if node.kind in ("WHILE", "IF", "SWITCH"):
+                handle, inner = node.detail
+                self.values[handle] = UNKNOWN
+                for each in inner:
+                    self._forget(each)
+
     def _branch(self, node: Recorded) -> None:
         handle, bodies = node.detail
         if node.kind == "WHILE":
             while self.values[handle]:
+                self._forget(bodies[0])
                 self._run(bodies[0])
         elif node.kind == "IF":
             if self.values[handle]:
                 self._run(bodies[0])
         elif self.values[handle] < len(bodies):
             self._run(bodies[self.values[handle]])
+
+
+def _assert_filled(graph: Graph) -> None:
+    """No body is empty: whether one may be, the driver does not say."""
+    for node in graph.nodes:
+        if node.kind in ("WHILE", "IF", "SWITCH"):
+            for body in node.detail[1]:
+                assert body.nodes
+                _assert_filled(body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from speckv import Engine, SamplingParams, _cli_options
-from speckv.decoding import choice
+from speckv.decoding import choice, graphed, trial
 from speckv.decoding.choice import Loops, choose_loop
 from speckv.decoding.conditional import CudaError, Driver
 from speckv.decoding.lookup import Lookup
@@ -26,8 +27,31 @@ class OnCuda(LlamaDecoder):
         self.device, self.name = torch.device("cuda"), "llama"
 
 
+CHILDREN: dict[int, Callable[[], object]] = {}
+"""What was captured for trials, by address."""
+
+
+class Captured:
+    def __init__(self, work: Callable[[], object]) -> None:
+        self._address = 1 + len(CHILDREN)
+        CHILDREN[self._address] = work
+
+    def raw_cuda_graph(self) -> int:
+        return self._address
+
+
+@pytest.fixture(autouse=True)
+def trials_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    CHILDREN.clear()
+    monkeypatch.setattr(graphed, "capture", lambda work, pool: (Captured(work), None))
+    monkeypatch.setattr(graphed, "synchronize", lambda device: None)
+    monkeypatch.setattr(trial, "current_stream", lambda device: 0)
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(choice, "try_conditionals", lambda d, _: trial.try_conditionals(d, cpu))
+
+
 def driver(version: int = 13_000) -> Any:
-    api = Api({})
+    api = Api(CHILDREN)
     api.cuDriverGetVersion = lambda: (0, version)  # type: ignore[method-assign]
     return lambda: Driver(api)
 
@@ -92,16 +116,40 @@ def test_what_cannot_be_had_is_refused() -> None:
         Engine(here, None, here, loop="fast")
 
 
+def chosen(api: Api) -> str:
+    return str(choose_loop(OnCuda(), None, driver=lambda: Driver(api)))
+
+
+NOT = "graphed loop (a conditional graph does not run: "
+
+
 def test_a_driver_that_cannot_build_one() -> None:
     """Too old a cuda-bindings, or whatever the driver says."""
-    for call in ("cuGraphAddNode", "cuModuleLoadData", "cuGraphInstantiate"):
-        broken: Any = lambda call=call: Driver(Api({}, fails=call))  # noqa: E731
-        found = str(choose_loop(OnCuda(), None, driver=broken))
-        assert found == f"graphed loop (a conditional graph cannot be built: {call}: 1)"
-    old = Api({})
+    for call in ("cuGraphAddNode", "cuModuleLoadData", "cuGraphInstantiate", "cuGraphLaunch"):
+        assert chosen(Api(CHILDREN, fails=call)) == f"{NOT}{call}: 1)"
+    old = Api(CHILDREN)
     old.cuGraphAddNode = lambda graph, after, count, parameters: (0, None)  # type: ignore
-    found = str(choose_loop(OnCuda(), None, driver=lambda: Driver(old)))
-    assert found.startswith("graphed loop (a conditional graph cannot be built: ")
+    assert chosen(old).startswith(NOT)
+
+
+def test_a_driver_that_runs_graphs_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trial is launched, and what it leaves is checked; its graph is given back."""
+    api = Api(CHILDREN)
+    assert chosen(api) == "device loop"
+    assert api.launches == [0] and not api.graphs and not api.executables
+    whole = Api._branch
+
+    def at_most_once(self: Api, node: Any) -> None:
+        kind, node.kind = node.kind, "IF" if node.kind == "WHILE" else node.kind
+        whole(self, node)
+        node.kind = kind
+
+    monkeypatch.setattr(Api, "_branch", at_most_once)
+    wrong = "a trial graph counted [2, 1, 0, 1, 1, 0, 0, 1], expected [0, 2, 2, 4, 1, 1, 0, 1])"
+    assert chosen(Api(CHILDREN)) == NOT + wrong
+    monkeypatch.setattr(Api, "cuGraphLaunch", lambda self, executable, stream: (0,))
+    monkeypatch.setattr(trial, "_SECONDS", 0.0)
+    assert chosen(Api(CHILDREN)) == f"{NOT}a trial graph has not ended within 0 s)"
 
 
 def test_names_of_loops() -> None:
@@ -109,18 +157,16 @@ def test_names_of_loops() -> None:
 
 
 def test_loops_are_made_once_and_grow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rejection sampling has an eager loop of its own beside the chosen one."""
+    """One loop, whatever the coupling; the old one is closed before a larger one is made."""
     made: list[tuple[str, int, int]] = []
+    closed: list[int] = []
 
-    def kind(name: str) -> Any:
-        def make(*pair: Any, batch: int, capacity: int, **options: Any) -> Any:
-            made.append((name, batch, capacity))
-            return SimpleNamespace(batch=batch, capacity=capacity, close=lambda: None)
+    def make(*pair: Any, batch: int, capacity: int, **options: Any) -> Any:
+        made.append(("device", batch, capacity))
+        number = len(made)
+        return SimpleNamespace(batch=batch, capacity=capacity, close=lambda: closed.append(number))
 
-        return make
-
-    monkeypatch.setattr(choice, "DeviceLoop", kind("device"))
-    monkeypatch.setattr(choice, "EagerLoop", kind("eager"))
+    monkeypatch.setattr(choice, "DeviceLoop", make)
     pair = OnCuda(), OnCuda()
     monkeypatch.setattr(choice, "choose_loop", lambda *a: choose_loop(*a, driver=driver()))
     loops = Loops(*pair, id_map=None, lookup=None, max_length=2000)
@@ -136,12 +182,9 @@ def test_loops_are_made_once_and_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     loops.take(requests(1, 1900))
     loops.reserve(1, 2000)
     loops.take(requests(1, 9, temperature=1.0, coupling="rejection"))
-    assert made == [
-        ("device", 1, 512),
-        ("device", 2, 1024),
-        ("device", 2, 2000),
-        ("eager", 1, 2000),
-    ]
+    assert made == [("device", 1, 512), ("device", 2, 1024), ("device", 2, 2000)]
+    assert closed == [1, 2]
     loops.drop()
+    assert closed == [1, 2, 3]
     loops.take(requests(1, 9))
     assert made[-1] == ("device", 1, 512)

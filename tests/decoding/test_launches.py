@@ -152,9 +152,12 @@ def test_launches_and_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = {name: each.launches for (batch, name), each in found.items() if batch == 1}
     assert launches == expected
     steps = [plan.launches_per_step(plan.generation_plan(2), launches, g) for g in range(3)]
-    ends = 2 + 1  # close, conditions, and the kernel that sets the handles
+    ends = 2 + 3  # close, conditions, and three times the kernel that sets handles
     verify = inputs + FORWARD + chosen
     assert steps == [verify + ends, verify + draft + 1 + ends, verify + 2 * (draft + 1) + ends]
+    fixed = plan.generation_plan(2, "switch")  # does not ask after every draft token
+    steps = [plan.launches_per_step(fixed, launches, g) for g in (1, 2)]
+    assert steps == [verify + draft + ends, verify + 2 * draft + ends]
 
     copied = (plan.CATCH_UP, plan.FIRST)  # in a batch the wanted rows are brought together
     launches = {name: each.launches for (batch, name), each in found.items() if batch == 4}

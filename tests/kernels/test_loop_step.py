@@ -51,7 +51,8 @@ def loop_state(batch: int, seed: int, *, signals: bool = False) -> LoopState:
     loop = LoopState.allocate(batch, CAPACITY, signals=signals)
     loop.control.copy_(torch.tensor([seed + 1, 7, 7 + seed % 2, 40], dtype=torch.int32))
     loop.cancel.copy_(torch.arange(batch, dtype=torch.int32) % 3 == 1)
-    for tensor in (loop.tokens, loop.records, loop.conditions):
+    loop.passes.copy_(torch.tensor([3 + seed % 3, 5], dtype=torch.int32))
+    for tensor in (loop.tokens, loop.records, loop.conditions, loop.ended):
         tensor.fill_(-77)
     if loop.signals is not None:
         loop.signals.fill_(torch.nan)
@@ -116,9 +117,37 @@ def test_conditions(batch: int, seed: int) -> None:
     if seed == 5:
         state.rows[:, at.DONE] = at.DONE_STOP
     actual = copied(expected)
-    KERNELS.publish_conditions_out(state, actual)
-    reference.publish_conditions(state, expected)
+    KERNELS.publish_conditions_out(state, actual, gamma_cap=4 + seed)
+    reference.publish_conditions(state, expected, gamma_cap=4 + seed)
     assert_same_loop(actual, expected)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3, 17])
+@pytest.mark.parametrize("vocabulary", [1, 257, 4096, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_drafts(batch: int, vocabulary: int, dtype: torch.dtype) -> None:
+    """Rows that draft keep theirs at the next place, the others keep nothing; strided logits."""
+    state, guards = states(batch, vocabulary), Guards()
+    if batch == 17:
+        state.rows[0, at.DRAFTED] = at.GAMMA_MAX
+        state.rows[:6, at.DONE] = state.rows[:6, at.STOP] = 0
+    logits = torch.randn(batch, vocabulary + 3).to(dtype)[:, :vocabulary]
+    cutoffs, lse = torch.randn(batch), torch.randn(batch)
+    results = []
+    for keep in (KERNELS.keep_draft_out, reference.keep_draft):
+        kept = [
+            guards.around(torch.full((batch, at.GAMMA_MAX, vocabulary), -7.0, dtype=dtype)),
+            guards.around(torch.full((batch, at.GAMMA_MAX), -7.0)),
+            guards.around(torch.full((batch, at.GAMMA_MAX), -7.0)),
+        ]
+        keep(state, logits, cutoffs, lse, kept=kept)
+        results.append(kept)
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+    changed = (results[0][2] != -7.0).sum(1) if batch else torch.zeros(0)
+    drafting = (state.rows[:, at.DONE] == 0) & (state.rows[:, at.STOP] == 0)
+    assert torch.equal(changed > 0, drafting & (state.rows[:, at.DRAFTED] < at.GAMMA_MAX))
+    guards.check()
 
 
 def one_row(**words: int) -> StepState:
@@ -190,11 +219,30 @@ def test_conditions_by_hand() -> None:
     loop = LoopState.allocate(2, CAPACITY)
     loop.control[at.MOST_STEPS] = 1
     reference.publish_conditions(state, loop)
-    assert loop.conditions.tolist() == [1 << 32 | value for value in (1, 1, 0, 5)]
+    assert loop.conditions.tolist() == [1 << 32 | value for value in (1, 1, 0, 5, 15)]
+    assert loop.ended[0] == 0
     state.rows[0, at.DRAFT_LENGTH] = 1
-    loop.control[at.STEPS] = 1
+    loop.control[at.STEPS], loop.control[at.GENERATION] = 1, 6
+    reference.publish_conditions(state, loop, gamma_cap=4)
+    assert loop.conditions.tolist() == [2 << 32 | value for value in (0, 1, 1, 5, 4)]
+    assert loop.ended[0] == 6 << 32 | 1, "a bound ends the loop too"
+    state.rows[0, at.LIMIT] = 7
     reference.publish_conditions(state, loop)
-    assert loop.conditions.tolist() == [2 << 32 | value for value in (0, 1, 1, 5)]
+    assert int(loop.conditions[at.FIXED_GAMMA]) & 0xFF == 2, "the token that closes the step"
+
+
+def test_the_loops_within_a_step_are_bounded() -> None:
+    """64 positions are 4 chunks of catching up; 15 draft tokens; the close, and the beginning."""
+    state, loop = one_row(STOP=0, DRAFT_LENGTH=1), LoopState.allocate(1, CAPACITY)
+    loop.control[at.MOST_STEPS] = 9
+    assert loop.passes.tolist() == [0, 4 + 15 + 2]
+    for kernel in (reference.publish_conditions, KERNELS.publish_conditions_out):
+        reference.close_step(state, loop, draft_positions=100)
+        published = []
+        for _ in range(23):
+            kernel(state, loop)
+            published.append((loop.conditions & 0xFF).tolist()[:3])
+        assert published == [[1, 1, 1]] * 21 + [[1, 0, 0]] * 2
 
 
 def refused(text: str, call: Any, *arguments: Any, **named: Any) -> None:
@@ -220,5 +268,11 @@ def test_bad_arguments_are_refused() -> None:
     other = LoopState.allocate(2, CAPACITY)
     refused("loop.cancel: expected int32 .1.", kernels.close_step, state, other)
     refused("loop.cancel: expected int32 .1.", kernels.publish_conditions, state, other)
+    logits, column = torch.zeros(1, 9), torch.zeros(1)
+    kept = [torch.zeros(1, 15, 9), torch.zeros(1, 15), torch.zeros(1, 15)]
+    kernels.keep_draft(state, logits, column, column, kept=kept)
+    refused("kept: expected", kernels.keep_draft, state, logits, column, column, kept=kept[:2])
+    kept[0] = kept[0][:, :, 1:]
+    refused("kept.0.: expected", kernels.keep_draft, state, logits, column, column, kept=kept)
     short = replace(loop, records=loop.records[:, :-1].contiguous())
     refused("loop.records: expected int64", kernels.close_step, state, short)
