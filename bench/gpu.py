@@ -9,7 +9,8 @@
 
 Parts are kernels, loop, e2e, audit and sanitizer; the group ``kernels`` is the parts draft, verify
 and linear, which share its nine minutes, and have nine each under their own names. What does not
-fit has further names: probe, forward, e2e-8b, tests, tests-decoder, races and races-decoder.
+fit has further names: probe, forward, e2e-8b, tests, tests-decision, tests-decoder, races and
+races-decoder.
 
 A part's processes are killed when they hang, and what is wrong with a row costs that row. The exit
 code is 1 if a result was wrong (`bench.verdicts.failed`). Goals of speed are rows of their own in

@@ -208,10 +208,7 @@ def one_request(
     """Requests, one or more alike, of ``tokens`` new tokens that do not end before."""
     return RequestBatch.build(
         [[*PROMPT, *range(10, 10 + row)] for row in range(batch)],
-        [
-            SamplingParams(tokens, temperature, ignore_eos=True, seed=row)
-            for row in range(batch)
-        ],
+        [SamplingParams(tokens, temperature, ignore_eos=True, seed=row) for row in range(batch)],
         eos_ids=[],
         max_length=capacity,
         device=lab.device,

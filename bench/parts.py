@@ -21,7 +21,7 @@ from bench.lab import Lab, Row
 from bench.running import Section
 
 _RACES = ("tests/gpu/test_draft_step_gpu.py", "tests/gpu/test_verify_gpu.py")
-_DECODER_RACES = ("tests/gpu/test_decoder_kernels_gpu.py",)
+_DECODER_RACES = ("tests/gpu/test_decoder_races_gpu.py",)
 
 
 def _loop_models(lab: Lab, rows: Callable[..., Iterator[Row]]) -> Iterator[Row]:
@@ -75,6 +75,7 @@ PARTS: dict[str, tuple[Section, ...]] = {
         for tool in ("memcheck", "racecheck")
     ),
     "tests": (Section("tests", partial(suites.test_rows, files=suites.FILES)),),
+    "tests-decision": (Section("tests", partial(suites.test_rows, files=suites.DECISION_FILES)),),
     "tests-decoder": (Section("tests", partial(suites.test_rows, files=suites.DECODER_FILES)),),
     "races": (Section("races", partial(suites.race_rows, files=_RACES)),),
     "races-decoder": (Section("races", partial(suites.race_rows, files=_DECODER_RACES)),),

@@ -24,16 +24,19 @@ from bench.lab import Lab, Row
 PROBE = "tests/gpu/test_probe_gpu.py"
 EVERY_KERNEL = "tests/gpu/test_every_kernel_gpu.py"
 FILES: Mapping[str, str] = {
-    EVERY_KERNEL: "",
-    "tests/gpu/test_loops_gpu.py": "bf16 and (greedy or waits or count)",
-    "tests/gpu/test_verify_gpu.py": "1031 and bfloat16",
-    "tests/gpu/test_draft_step_gpu.py": "1031 and greedy",
+    EVERY_KERNEL: "test_a_launch",
+    "tests/gpu/test_loops_gpu.py": "bf16 and (greedy-1 or waits or count)",
     "tests/models/test_llama.py": "",
 }
-"""Tests of the decision and of the loops, and which of them the quick form selects."""
+"""Tests of the kernels' launches and of the loops, and which of them the quick form selects."""
+DECISION_FILES: Mapping[str, str] = {
+    "tests/gpu/test_verify_gpu.py": "",
+    "tests/gpu/test_draft_step_gpu.py": "whole_step",
+}
+"""Tests of the decision, likewise."""
 DECODER_FILES: Mapping[str, str] = {
-    "tests/gpu/test_decoder_gpu.py": "bf16",
-    "tests/gpu/test_decoder_kernels_gpu.py": "attention or rope or norm",
+    "tests/gpu/test_decoder_gpu.py": "bf16 and (captured or 9-bf16)",
+    "tests/gpu/test_decoder_kernels_gpu.py": "",
 }
 """Tests of the decoder, likewise."""
 QUICK_LAUNCHES = 20_000
