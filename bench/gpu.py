@@ -65,8 +65,8 @@ def read_parts(out: Path) -> dict[str, dict[str, Any]]:
 def judge(documents: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The document of the goals, by the parts there are."""
     rows = verdicts({name: document["rows"] for name, document in documents.items()})
-    facts = next((document["environment"] for document in documents.values()), environment())
-    return {"environment": facts, "cut": False, "rows": rows}
+    facts = [document["environment"] for document in documents.values()]
+    return {"environment": facts[0] if facts else environment(), "cut": False, "rows": rows}
 
 
 def merge(out: Path, file: Path) -> None:

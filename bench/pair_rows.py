@@ -63,7 +63,7 @@ def _engine_rows(lab: Lab, facts: Row) -> Iterator[Row]:
         engine = Engine.from_pretrained(
             compression=facts["compression"], device=lab.device, loop=kind, progress=False
         )
-        for name in POLICIES if kind in ("device", "eager")[lab.dry :] else SOME:
+        for name in POLICIES if kind == "device" else SOME:
             rates, produced = [], []
             for prompt in prompts:
                 engine.generate(prompt.text, params, chat=True, policy=name)  # captures

@@ -147,14 +147,14 @@ def run(parts: Parts, names: Sequence[str], out: Path, options: Options, seconds
     """Run parts, in processes of their own, within so many seconds and the grace.
 
     Files that are there are written anew. In the quick form the parts share processes, as each
-    takes a while to start.
+    takes a while to start; a dry run has one.
     """
     for name in names:
         (out / f"{name}.json").unlink(missing_ok=True)
     jobs: list[Job] = [(name, section) for name in names for section in parts[name]]
     end = time.monotonic() + seconds
     while jobs:
-        count = _together(jobs, options.quick or options.dry)
+        count = len(jobs) if options.dry else _together(jobs, options.quick)
         now, shares = time.monotonic(), sum(section.share for _, section in jobs)
         own = sum(section.share for _, section in jobs[:count])
         until = now + max(end - now, 0.0) * own / shares
@@ -209,7 +209,7 @@ def _process(jobs: Sequence[Job], out: Path, options: Options, end: float) -> in
             if process.poll() != 0:
                 _kill(process)
         index, until = _read(status)
-    if code == 0:
+    if code == 0 or index == len(jobs):
         return len(jobs)
     part, section = jobs[index]
     if code != _DEVICE_LOST:
@@ -269,6 +269,7 @@ def main() -> None:
     except DeviceLost:
         sys.stdout.flush()
         os._exit(_DEVICE_LOST)
+    began(len(jobs), time.monotonic())  # what is left is to end, and may take a while
 
 
 if __name__ == "__main__":

@@ -9,15 +9,27 @@ from typing import Any
 import pytest
 import torch
 
-from bench.audit import SyncAudit, audited, trace_syncs, within
+from bench import audit
+from bench.audit import (
+    SyncAudit,
+    audited,
+    captured_launches,
+    gammas_of_steps,
+    node_count,
+    trace_syncs,
+    within,
+)
 from speckv.decoding import EagerLoop, device, graphed
 from speckv.decoding.conditional import Driver
 from speckv.decoding.device import DeviceLoop
+from speckv.decoding.eager import StepRecord
 from speckv.decoding.graphed import GraphedLoop
+from speckv.decoding.works import Form
 from tests.decoding.cuda_stub import Api
 from tests.decoding.test_planned import CAPACITY, batch_of, by_row, packed
 from tests.decoding.tiny import wrapped
 
+FORM = Form(batch=2, gamma_cap=3, sampled=False, truncated=False, eos=8)
 READS: dict[str, Callable[[torch.Tensor], Any]] = {
     "Tensor.item": lambda t: t[0].item(),
     "Tensor.tolist": lambda t: t.tolist(),
@@ -67,6 +79,31 @@ def test_waits_and_launches_of_a_trace() -> None:
     waits, launches = trace_syncs(names)
     assert waits == ["cudaStreamSynchronize", "Memcpy DtoH (Device -> Pinned)"]
     assert launches == 3
+
+
+def test_nodes_of_a_graph() -> None:
+    class Library:
+        @staticmethod
+        def cuGraphGetNodes(graph: Any, nodes: None, count: Any) -> int:
+            count._obj.value = graph.value - 1000
+            return 0 if graph.value < 2000 else 1
+
+    assert node_count(1007, Library) == 7
+    with pytest.raises(RuntimeError, match="cuGraphGetNodes: CUDA error 1"):
+        node_count(2000, Library)
+
+
+def test_launches_of_captured_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each step by its longest draft, of all rows."""
+    records = [
+        [StepRecord(row, gamma, 0, [1], 0) for row, gamma in enumerate(gammas)]
+        for gammas in ((-1, -1), (3, 1), (0, 0))
+    ]
+    assert gammas_of_steps([*records, [StepRecord(1, 2, 0, [1], 1)]]) == [3, 0, 2]
+    monkeypatch.setattr(audit, "node_count", lambda graph: graph)
+    graphs = {"first": SimpleNamespace(raw_cuda_graph=lambda: 9)}
+    assert captured_launches(SimpleNamespace(_graphs={FORM: graphs}), FORM) == {"first": 9}
+    assert captured_launches(SimpleNamespace(), FORM) == {}
 
 
 def test_copies_from_pageable_memory_are_found() -> None:
