@@ -82,7 +82,8 @@ def _attention(
     yield row | (shared(lab.time(calls, nothing), size, bandwidth) if same else {})
     if width == 1:
         row = {"name": "F.scaled_dot_product_attention", **facts}
-        yield from isolated(row, partial(_torch_attention, lab, row, blocks, caches, bandwidth))
+        rows_of = partial(_torch_attention, lab, row, blocks, caches, bandwidth)
+        yield from isolated(row, rows_of, vital=False)
 
 
 def _torch_attention(

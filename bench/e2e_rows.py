@@ -55,9 +55,6 @@ def random_decoder(lab: Lab, name: str, compression: str) -> LlamaDecoder:
 
 def e2e_rows(lab: Lab, target: str = "Llama-3.2-3B") -> Iterator[Row]:
     """A target in every compression, every loop and policy."""
-    if lab.quick and target != "Llama-3.2-3B":
-        yield {"name": "pair", "target": target, "skipped": "not in the quick form"}
-        return
     names = ("tiny", "tiny") if lab.dry else (DRAFT, target)
     draft = random_decoder(lab, names[0], "bf16")
     trace = None if lab.trace is None else read_trace(lab.trace)

@@ -169,7 +169,9 @@ class DeviceLost(RuntimeError):
     """The device answers this process no more; another one may go on."""
 
 
-def isolated(facts: Row, rows: Callable[[], Iterable[Row]]) -> Generator[Row, None, None]:
+def isolated(
+    facts: Row, rows: Callable[[], Iterable[Row]], *, vital: bool = True
+) -> Generator[Row, None, None]:
     """What ``rows`` yields; what goes wrong becomes a row, so that others are measured anyway.
 
     A model that cannot be had (`ModelError`: bitsandbytes is missing) is a row that was skipped.
@@ -178,6 +180,8 @@ def isolated(facts: Row, rows: Callable[[], Iterable[Row]]) -> Generator[Row, No
     ----------
     facts : Row
         Of the row that says what went wrong; ``name`` is among them.
+    vital : bool
+        Whether an error is a failure; one of a baseline is not.
 
     Raises
     ------
@@ -192,7 +196,8 @@ def isolated(facts: Row, rows: Callable[[], Iterable[Row]]) -> Generator[Row, No
         raise
     except Exception as error:
         traceback.print_exc()
-        yield {**facts, "exit_code": 1, "problem": f"{type(error).__name__}: {error}"}
+        problem = f"{type(error).__name__}: {error}"
+        yield facts | ({"exit_code": 1, "problem": problem} if vital else {"skipped": problem})
         error.__traceback__ = None  # its frames hold tensors
         try:
             if torch.cuda.is_available():

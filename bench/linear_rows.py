@@ -97,7 +97,7 @@ def _shape_rows(lab: Lab, bandwidth: float | None, facts: Row, swiglu: bool) -> 
         def beside(x: Tensor = x, other: Row = other) -> Iterator[Row]:
             yield other | shared(lab.time(others(x), nothing), size, bandwidth)
 
-        yield from isolated(other, beside)
+        yield from isolated(other, beside, vital=False)
 
 
 def packed(dense: Tensor, kind: str) -> Weight:

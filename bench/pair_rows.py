@@ -50,7 +50,7 @@ def default_pair_rows(lab: Lab) -> Iterator[Row]:
         yield from isolated(row, partial(_engine_rows, lab, row))
     if not lab.dry:
         row = {"name": "default pair, assisted", **facts, "compression": "bf16"}
-        yield from isolated(row, partial(_assisted_default, lab, row))
+        yield from isolated(row, partial(_assisted_default, lab, row), vital=False)
 
 
 def _engine_rows(lab: Lab, facts: Row) -> Iterator[Row]:
@@ -138,7 +138,8 @@ def assisted_rows(lab: Lab) -> Iterator[Row]:
     facts |= {"batch": 1, "vocabulary": target.config.vocab_size}
     facts["signals_and_acceptance"] = "the draft's"
     row = {"name": "transformers assisted generation", **facts}
-    yield from isolated(row, partial(_transformers_rows, lab, target, draft, [PROMPT], facts))
+    theirs = partial(_transformers_rows, lab, target, draft, [PROMPT], facts)
+    yield from isolated(row, theirs, vital=False)
     ours = [_same_weights(lab, model, name) for model, name in zip(made, names, strict=True)]
     yield from isolated({"name": "engine", **facts}, partial(_beside_rows, lab, ours, facts))
 

@@ -48,14 +48,24 @@ class Section:
     share : float
         Of its part's time, beside those of the part's other sections; what one leaves goes to the
         next.
+    quick : float
+        Seconds that it takes in the quick form, or so; 0: it is left out there.
     alone : bool
         Whether no other section shares its process.
+    vital : bool
+        Whether a process that it brings down is a failure.
     """
 
     name: str
     rows: Callable[[Lab], Iterator[Row]]
     share: float = 1.0
+    quick: float = 0.0
     alone: bool = False
+    vital: bool = True
+
+    def weight(self, quick: bool) -> float:
+        """Beside other sections."""
+        return self.quick if quick else self.share
 
 
 Parts = Mapping[str, Sequence[Section]]
@@ -123,24 +133,32 @@ def work(
     """
     found: list[Row] = []
     for index, (part, section) in enumerate(jobs):
-        now, shares = time.monotonic(), sum(each.share for _, each in jobs[index:])
-        lab.end = now + max(end - now, 0.0) * section.share / shares
+        now, weight = time.monotonic(), _weight(jobs[index:], lab.quick)
+        lab.end = now + max(end - now, 0.0) * section.weight(lab.quick) / weight
         began(index, lab.end)
         file = PartFile(out, part, lab.facts)
+        if lab.quick and not section.quick:
+            row = {"name": section.name, "skipped": "not in the quick form"}
+            found.append(file.add(row, lab))
+            continue
         rows = isolated({"name": section.name}, partial(section.rows, lab))
         while True:
             if time.monotonic() > lab.end:
                 late = f"after {lab.end - now:.0f} s"
                 found.append(file.add({"name": section.name, "cut": late}, lab))
                 break
-            row = next(rows, None)
-            if row is None:
+            measured = next(rows, None)
+            if measured is None:
                 break
-            found.append(file.add(row, lab))
+            found.append(file.add(measured, lab))
         rows.close()
         del rows
         gc.collect()
     return found
+
+
+def _weight(jobs: Sequence[Job], quick: bool) -> float:
+    return sum(section.weight(quick) for _, section in jobs) or 1.0
 
 
 def run(parts: Parts, names: Sequence[str], out: Path, options: Options, seconds: float) -> None:
@@ -155,9 +173,8 @@ def run(parts: Parts, names: Sequence[str], out: Path, options: Options, seconds
     end = time.monotonic() + seconds
     while jobs:
         count = len(jobs) if options.dry else _together(jobs, options.quick)
-        now, shares = time.monotonic(), sum(section.share for _, section in jobs)
-        own = sum(section.share for _, section in jobs[:count])
-        until = now + max(end - now, 0.0) * own / shares
+        now, own = time.monotonic(), _weight(jobs[:count], options.quick)
+        until = now + max(end - now, 0.0) * own / _weight(jobs, options.quick)
         jobs = jobs[_process(jobs[:count], out, options, until) :]
 
 
@@ -214,7 +231,10 @@ def _process(jobs: Sequence[Job], out: Path, options: Options, end: float) -> in
     part, section = jobs[index]
     if code != _DEVICE_LOST:
         problem = "the process hung and was killed" if code is None else _ended(code)
-        row = {"name": section.name, "exit_code": 124 if code is None else 1, "problem": problem}
+        row: Row = {"name": section.name, "exit_code": 124 if code is None else 1}
+        row["problem"] = problem
+        if not section.vital:
+            row = {"name": section.name, "skipped": problem}
         facts = {} if (out / f"{part}.json").exists() else environment()
         PartFile(out, part, facts).add(row, options)
     return len(jobs) if until is None else index + 1

@@ -71,13 +71,14 @@ def race_rows(lab: Lab, files: Sequence[str]) -> Iterator[Row]:
 def sanitizer_rows(lab: Lab, tool: str) -> Iterator[Row]:
     """The smallest test of every kernel under one of compute-sanitizer's tools."""
     name = f"compute-sanitizer {tool}"
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-    command += ["--target-processes", "all", *_pytest(EVERY_KERNEL, "gpu")]
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    command = [program, "--tool", tool, "--error-exitcode", "9"]
+    command += ["--target-processes", "application-only", *_pytest(EVERY_KERNEL, "gpu")]
     if lab.quick:
         command += ["-k", "draft_step or verify or attention"]
     if lab.dry:
         yield {"name": name, "exit_code": 0, "problem": "dry run"}
-    elif (missing := _missing("compute-sanitizer")) is not None:
+    elif (missing := _missing(program)) is not None:
         yield {"name": name, "skipped": missing}
     else:
         # With torch's caching allocator a stray access would often hit memory that is in use.
