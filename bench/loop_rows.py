@@ -29,6 +29,8 @@ from speckv.kernels.layout import LoopState, StepState
 from speckv.models.llama import LlamaDecoder
 from speckv.policies import parse_policy
 
+Works = dict[str, Callable[[], None]]
+
 _ITERATIONS = 10_000
 _CHAINED = 1_000
 _UNROLLED = 1_000
@@ -71,74 +73,81 @@ def conditional_plans() -> dict[str, Plan]:
     }
 
 
-def conditional_rows(lab: Lab) -> Iterator[Row]:
-    """Time of an iteration of each plan, beside that of its launches in one graph, unrolled.
+class Ticking:
+    """Works that count steps and do next to nothing else, on one row that never ends.
 
-    The bodies of the SWITCH choose each other in turn, and count their visits: its launches stand
-    unrolled in a row of their own.
+    Attributes
+    ----------
+    works : mapping of str to callable
+        Of `conditional_plans`.
+    loop : LoopState
+    visits : int32 [_TURNS]
+        How often each body of the SWITCH has run. The bodies choose each other in turn.
     """
+
+    def __init__(self, lab: Lab) -> None:
+        self._state = StepState.allocate(1, 64, lab.device)
+        self.loop = LoopState.allocate(1, 64, lab.device, conditions_on_host=False)
+        self.visits = torch.zeros(_TURNS, dtype=torch.int32, device=lab.device)
+        self._between = step_operations(lab.device)
+        self.turns: Works = {f"turn-{i}": partial(self._turn, i) for i in range(_TURNS)}
+        self.works: Works = {plan.BEGIN: self._publish, "tick": self.tick, **self.turns}
+
+    def restart(self, most: int) -> None:
+        """Put everything back; ``most`` steps are to come."""
+        self._state.reset(0, [1, 2], limit=32, request=0)
+        self.loop.control.copy_(torch.tensor([1, 0, most, 0], dtype=torch.int32))
+        self.visits.zero_()
+
+    def tick(self) -> None:
+        """Count a step."""
+        self._between.close_step(self._state, self.loop)
+        self._publish()
+
+    def _publish(self) -> None:
+        self._between.publish_conditions(self._state, self.loop)
+
+    def _turn(self, i: int) -> None:
+        self.visits[i].add_(1)
+        self._state.rows[:, at.DRAFTED].fill_((i + 1) % _TURNS)
+        self.tick()
+
+    def outcome(self, row: Row) -> Row:
+        """What was counted since the restart, and whether it is what the row says."""
+        steps, visits = int(self.loop.control[at.STEPS]), self.visits.tolist()
+        right = steps == row["iterations"]
+        if "SWITCH" in row["name"]:
+            right &= visits == [steps // _TURNS] * _TURNS
+        return {"counted": steps, "visits": visits, "matches_reference": right}
+
+
+def conditional_rows(lab: Lab) -> Iterator[Row]:
+    """Time of an iteration of each plan, beside that of its launches in one graph, unrolled."""
     iterations = 12 if lab.dry else _ITERATIONS
-    state = StepState.allocate(1, 64, lab.device)
-    loop = LoopState.allocate(1, 64, lab.device, conditions_on_host=False)
-    visits = torch.zeros(_TURNS, dtype=torch.int32, device=lab.device)
-    between = step_operations(lab.device)
-
-    def tick() -> None:
-        between.close_step(state, loop)
-        between.publish_conditions(state, loop)
-
-    def turn(i: int) -> None:
-        visits[i].add_(1)
-        state.rows[:, at.DRAFTED].fill_((i + 1) % _TURNS)
-        tick()
-
-    def restart(most: int = iterations) -> None:
-        state.reset(0, [1, 2], limit=32, request=0)
-        loop.control.copy_(torch.tensor([1, 0, most, 0], dtype=torch.int32))
-        visits.zero_()
-
-    works: dict[str, Callable[[], None]] = {
-        "tick": tick,
-        plan.BEGIN: lambda: between.publish_conditions(state, loop),
-    }
-    turns = {f"turn-{i}": partial(turn, i) for i in range(_TURNS)}
-    for name, calls in (("tick", [tick] * _TURNS), ("turns", [*turns.values()])):
+    ticking = Ticking(lab)
+    restart = partial(ticking.restart, iterations)
+    for name, calls in (("tick", [ticking.tick] * _TURNS), ("turns", [*ticking.turns.values()])):
         chained = calls * (min(_CHAINED, iterations) // _TURNS)
-        row = {"name": f"unrolled {name}", "iterations": len(chained)}
+        row: Row = {"name": f"unrolled {name}", "iterations": len(chained)}
         yield row | lab.time(chained, restart)
     for name, each in conditional_plans().items():
-        facts: Row = {"name": name, "iterations": iterations}
-        if "unrolled" in name:
-            facts["iterations"] = _UNROLLED
-        again = partial(restart, facts["iterations"])
-        rows = partial(_plan_row, lab, facts, each, works | turns, loop, visits, again)
-        yield from isolated(facts, rows)
+        facts: Row = {"name": name, "iterations": _UNROLLED if "unrolled" in name else iterations}
+        yield from isolated(facts, partial(_plan_row, lab, facts, each, ticking))
 
 
-def _plan_row(
-    lab: Lab,
-    facts: Row,
-    each: Plan,
-    works: dict[str, Callable[[], None]],
-    loop: LoopState,
-    visits: Tensor,
-    restart: Callable[[], None],
-) -> Iterator[Row]:
+def _plan_row(lab: Lab, facts: Row, each: Plan, ticking: Ticking) -> Iterator[Row]:
+    restart = partial(ticking.restart, facts["iterations"])
     restart()
     row: Row = {**facts, "n": 0, "iteration_us": None}
     if lab.dry:
-        for _ in plan.follow(each, lambda work: works[work](), partial(_read, loop)):
+        run, read = (lambda work: ticking.works[work]()), partial(_read, ticking.loop)
+        for _ in plan.follow(each, run, read):
             pass
     else:
-        needed = {name: works[name] for name in plan.works(each)}
-        seconds = _device_times(each, needed, loop, restart, 3 if lab.quick else 10)
+        works = {name: ticking.works[name] for name in plan.works(each)}
+        seconds = _device_times(each, works, ticking.loop, restart, 3 if lab.quick else 10)
         row |= {"n": len(seconds), "iteration_us": quantiles(seconds)}
-    row["counted"] = int(loop.control[at.STEPS])
-    right = row["counted"] == row["iterations"]
-    if "SWITCH" in row["name"]:
-        expected, row["visits"] = row["iterations"] // _TURNS, visits.tolist()
-        right &= row["visits"] == [expected] * _TURNS
-    yield row | {"matches_reference": right}
+    yield row | ticking.outcome(row)
 
 
 def _read(loop: LoopState, conditions: list[int]) -> list[int]:
@@ -148,7 +157,7 @@ def _read(loop: LoopState, conditions: list[int]) -> list[int]:
 
 def _device_times(
     each: Plan,
-    works: dict[str, Callable[[], None]],
+    works: Works,
     loop: LoopState,
     restart: Callable[[], None],
     repeats: int,
