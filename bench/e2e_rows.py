@@ -12,7 +12,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,9 @@ from speckv.models.base import CausalModel
 from speckv.models.llama import LlamaDecoder
 from speckv.policies import CostTable, Policy, parse_policy
 from speckv.sampling import SamplingParams
-from speckv.traces.schema import Trace, read_trace
+
+if TYPE_CHECKING:
+    from speckv.traces.schema import Trace
 
 FIXED = tuple(f"fixed:{gamma}" for gamma in (0, 2, 4, 6, 8))
 LOOKING = ("entropy:2", "confidence:0.5", "speckv")
@@ -57,7 +60,12 @@ def e2e_rows(lab: Lab, target: str = "Llama-3.2-3B") -> Iterator[Row]:
     """A target in every compression, every loop and policy."""
     names = ("tiny", "tiny") if lab.dry else (DRAFT, target)
     draft = random_decoder(lab, names[0], "bf16")
-    trace = None if lab.trace is None else read_trace(lab.trace)
+    trace: Trace | None = None
+    if lab.trace is not None:
+        try:
+            trace = _read(lab.trace)
+        except ModuleNotFoundError as error:
+            yield {"name": "recorded signals", "skipped": str(error)}
     for compression in COMPRESSIONS[: 1 if lab.quick else None]:
         facts: Row = {"target": names[1], "draft": names[0], "compression": compression}
         facts |= {"dtype": "bf16", "batch": 1, "vocabulary": draft.vocab_size}
@@ -92,6 +100,12 @@ def _compression_rows(
         names = ("fixed:0", "fixed:4") if trace is not None else FIXED
         rows = partial(_random_rows, lab, facts, kind, make, (target, draft), names, plain)
         yield from isolated({"name": f"{kind} random", **facts}, rows)
+
+
+def _read(path: Path) -> Trace:
+    from speckv.traces.schema import read_trace  # needs pyarrow, which nothing else here does
+
+    return read_trace(path)
 
 
 def policy_of(name: str, trace: Trace) -> Policy:

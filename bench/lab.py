@@ -174,7 +174,8 @@ def isolated(
 ) -> Generator[Row, None, None]:
     """What ``rows`` yields; what goes wrong becomes a row, so that others are measured anyway.
 
-    A model that cannot be had (`ModelError`: bitsandbytes is missing) is a row that was skipped.
+    What cannot be had here (a package, or a `ModelError`: a format needs bitsandbytes) is a row that
+    was skipped.
 
     Parameters
     ----------
@@ -190,7 +191,7 @@ def isolated(
     """
     try:
         yield from rows()
-    except ModelError as error:
+    except (ModelError, ModuleNotFoundError) as error:
         yield {**facts, "skipped": str(error)}
     except DeviceLost:
         raise

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -86,10 +87,18 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 
 
 def shape(sizes: Mapping[str, Any]) -> DecoderConfig:
-    """The decoder's view of a shape."""
-    from transformers import LlamaConfig
-
-    return DecoderConfig.from_transformers(LlamaConfig(**sizes, max_position_embeddings=131_072))
+    """The decoder's view of a shape: that of a ``LlamaConfig``, which is not needed for it."""
+    defaults: dict[str, Any] = {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "tie_word_embeddings": False,
+        "eos_token_id": 2,
+        "max_position_embeddings": 131_072,
+    }
+    config: Any = SimpleNamespace(**{**defaults, **sizes})
+    return DecoderConfig.from_transformers(config)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,9 @@ from torch import Tensor
 from speckv.kernels import layout as at
 from speckv.models.base import CausalModel
 from speckv.models.cache import KVCache
-from speckv.traces.schema import Trace
+
+if TYPE_CHECKING:
+    from speckv.traces.schema import Trace
 
 _SURE = 30.0
 """How far the target's token stands above all others."""

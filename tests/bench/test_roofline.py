@@ -12,10 +12,21 @@ from torch import Tensor
 
 from bench import roofline
 from bench.lab import Lab
+from speckv.models.config import DecoderConfig
 from speckv.models.fused import FusedLayer
 from speckv.models.llama import LlamaDecoder
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", roofline.MODELS)
+def test_shapes_are_those_of_transformers(name: str) -> None:
+    from transformers import LlamaConfig
+
+    sizes = roofline.MODELS[name]
+    config = LlamaConfig(**sizes, max_position_embeddings=131_072)
+    expected, found = vars(DecoderConfig.from_transformers(config)), vars(roofline.shape(sizes))
+    assert torch.equal(found.pop("inv_freq"), expected.pop("inv_freq")) and found == expected
 
 
 def build(compression: str) -> LlamaDecoder:

@@ -41,13 +41,20 @@ def without(lab: Any) -> Iterator[Row]:
     yield {}
 
 
+def importing(lab: Any) -> Iterator[Row]:
+    import no_such_package  # noqa: F401
+
+    yield {}
+
+
 def test_an_error_costs_its_section(tmp_path: Path) -> None:
-    jobs = [("p", Section(f.__name__, f)) for f in (raising, without, good)]
+    jobs = [("p", Section(f.__name__, f)) for f in (raising, without, importing, good)]
     running.work(DRY.lab, tmp_path, jobs, time.monotonic() + 60)
     rows = rows_of(tmp_path, "p")
-    assert [row["name"] for row in rows] == ["before", "raising", "without", "good"]
+    assert [row["name"] for row in rows] == ["before", "raising", "without", "importing", "good"]
     assert rows[1]["problem"] == "RuntimeError: no luck" and rows[1]["exit_code"] == 1
     assert rows[2]["skipped"] == "bitsandbytes is missing" and "exit_code" not in rows[2]
+    assert rows[3]["skipped"] == "No module named 'no_such_package'"
 
 
 def test_a_section_that_is_late_is_cut_and_the_next_has_its_share(tmp_path: Path) -> None:
