@@ -174,8 +174,8 @@ def isolated(
 ) -> Generator[Row, None, None]:
     """What ``rows`` yields; what goes wrong becomes a row, so that others are measured anyway.
 
-    What cannot be had here (a package, or a `ModelError`: a format needs bitsandbytes) is a row that
-    was skipped.
+    What cannot be had here (a package, or a `ModelError`: a format needs bitsandbytes) is a row
+    that was skipped.
 
     Parameters
     ----------
