@@ -25,7 +25,7 @@ PROBE = "tests/gpu/test_probe_gpu.py"
 EVERY_KERNEL = "tests/gpu/test_every_kernel_gpu.py"
 FILES: Mapping[str, str] = {
     EVERY_KERNEL: "test_a_launch",
-    "tests/gpu/test_loops_gpu.py": "bf16 and (greedy-1 or waits or count)",
+    "tests/gpu/test_loops_gpu.py": "count or (bf16 and (greedy-1 or waits))",
     "tests/models/test_llama.py": "",
 }
 """Tests of the kernels' launches and of the loops, and which of them the quick form selects."""

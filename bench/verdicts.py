@@ -84,8 +84,9 @@ class Goal:
 
 
 def verdicts(parts: Parts) -> list[Row]:
-    """A row for each goal."""
-    return [goal.verdict(parts) for goal in GOALS]
+    """A row for each goal; those of a dry run say so."""
+    dry = all(row.get("dry_run") for rows in parts.values() for row in rows)
+    return [goal.verdict(parts) | {"dry_run": dry} for goal in GOALS]
 
 
 def _median(value: Any) -> float | None:

@@ -41,12 +41,13 @@ def judged(parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def test_nothing_measured_is_neither_met_nor_missed() -> None:
     dry = [{**row, "dry_run": True} for row in loop_rows()]
     for parts in ({}, {"loop": dry}):
-        assert {row["met"] for row in judged(parts).values()} == {None}
+        assert {(r["met"], r["dry_run"]) for r in judged(parts).values()} == {(None, True)}
         assert all(line.endswith("not measured") for line in table(verdicts(parts)))
 
 
 def test_the_decision() -> None:
     found = judged({"loop": loop_rows()})
+    assert not any(row["dry_run"] for row in found.values())
     assert found["a decision"]["measured"] == 4.0 and found["a decision"]["met"] is True
     assert found["a decision above an argmax, chained"]["measured"] == 0.5
     assert found["a decision above an argmax, in a draft step"]["met"] is False
