@@ -19,7 +19,8 @@ help:
 	@echo "make test-full    every test; the result goes to bench/history/test-full.json"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench-plain  plain decoding against transformers' greedy generate"
-	@echo "make gpu          everything that needs a GPU; OUT=DIR says where results go"
+	@echo "make gpu          everything that needs a GPU; OUT=DIR says where results go, PART=NAME"
+	@echo "                  takes one part, QUICK=1 less of everything"
 	@echo "make clean        remove the virtual environment, builds and caches"
 
 demo: $(STAMP)
@@ -44,8 +45,9 @@ lint: $(STAMP)
 bench-plain: $(STAMP)
 	$(BIN)/python -m bench.plain
 
+# A part at a time where a command has ten minutes: make gpu PART=kernels, PART=loop and so on.
 gpu: $(STAMP)
-	$(BIN)/python -m bench.gpu --out $(OUT)
+	$(BIN)/python -m bench.gpu --out $(OUT) $(if $(PART),--part $(PART)) $(if $(QUICK),--quick)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

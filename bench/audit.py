@@ -8,10 +8,15 @@ also show calls that do not go through torch.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -20,11 +25,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.lab import COST, Lab, Row, one_request
-from bench.loop_rows import loop_kinds
+from bench.lab import COST, Lab, Row, isolated, one_request
+from bench.shares import on_graphs, with_loop
 from speckv.decoding.choice import Loop
 from speckv.decoding.eager import StepRecord
+from speckv.decoding.plan import launches_per_step
 from speckv.decoding.requests import RequestBatch
+from speckv.decoding.works import Form
 from speckv.models.base import CausalModel
 from speckv.policies import parse_policy
 
@@ -42,8 +49,11 @@ _TRACED_WAITS = (
 )
 _TRACED_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cuGraphLaunch")
 _SPAN = "generation"
-_HOST_SLACK = 16 << 20
-"""Bytes that the allocator of the host may still spread over."""
+_CAPACITY = 512
+_HOST_SLACK = 4 << 20
+"""Bytes that the allocator of the host may still spread over: 4 KiB a generation."""
+_DEVICE_SLACK = 2 << 20
+"""Bytes that the driver may still take: one of its own blocks."""
 
 
 class SyncAudit:
@@ -171,18 +181,81 @@ def within(events: Iterable[Any], span: str) -> Iterator[str]:
             yield event.name
 
 
-def audit_rows(lab: Lab, target: CausalModel, draft: CausalModel) -> Iterator[Row]:
-    """Syncs of each loop on graphs, then what many generations leave behind."""
-    kinds = {kind: make for kind, make in loop_kinds(lab).items() if kind != "eager"}
-    requests = one_request(lab, 16 if lab.dry else 64)
-    policy = parse_policy("fixed:3").pack(cost=COST)
-    for kind, make in kinds.items():
-        loop = make(target, draft, batch=1, capacity=512)
-        for _ in loop.run(requests, policy):  # compiles and captures
-            pass
-        yield audit_row(kind, loop, requests, policy)
-        yield growth_row(lab, kind, loop, requests, policy)
-        del loop
+def wait_rows(
+    lab: Lab, target: CausalModel, draft: CausalModel, names: dict[str, Any]
+) -> Iterator[Row]:
+    """Waits and launches of each loop on graphs: greedy and sampled, one sequence and four."""
+    for kind, make in on_graphs(lab).items():
+        for batch in (1, 4):
+            facts: Row = {"name": f"syncs of the {kind} loop", **names, "batch": batch}
+            loop = make(target, draft, batch=batch, capacity=_CAPACITY)
+            try:
+                for way, temperature in (("greedy", 0.0), ("sampled", 0.8)):
+                    for policy in ("fixed:3", "speckv"):
+                        row = {**facts, "way": way, "policy": policy}
+                        requests = one_request(
+                            lab, 16 if lab.dry else 64, batch=batch, temperature=temperature
+                        )
+                        yield from isolated(row, partial(_wait_row, row, loop, requests))
+            finally:
+                loop.close()
+
+
+def _wait_row(facts: Row, loop: Any, requests: RequestBatch) -> Iterator[Row]:
+    policy = parse_policy(facts["policy"]).pack(cost=COST)
+    for _ in loop.run(requests, policy):  # compiles and captures
+        pass
+    audit = SyncAudit()
+    gammas = gammas_of_steps(audited(loop, requests, policy, audit))
+    row: Row = {**facts, "steps": len(gammas), "syncs": len(audit.found), "first": audit.found[:3]}
+    row["launches_per_step"] = None
+    form = Form.of(requests, policy)
+    counts = captured_launches(loop, form)
+    if counts and gammas:
+        launches = partial(launches_per_step, loop._works[form].plan, counts)
+        total = sum(times * launches(gamma) for gamma, times in Counter(gammas).items())
+        row |= {"launches_per_step": total / len(gammas), "launches_of_works": counts}
+    yield row
+
+
+def gammas_of_steps(told: Iterable[Iterable[StepRecord]]) -> list[int]:
+    """The longest draft of each step, prefill's left out."""
+    rows: dict[int, list[int]] = {}
+    for record in (record for records in told for record in records):
+        rows.setdefault(record.row, []).append(record.gamma)
+    return [max(gammas) for gammas in zip_longest(*rows.values(), fillvalue=-1)][1:]
+
+
+def captured_launches(loop: Any, form: Form) -> dict[str, int]:
+    """Nodes of the captured graph of each work of a loop; none where nothing is captured."""
+    graphs = getattr(loop, "_graphs", {}).get(form, {})
+    return {name: node_count(graph.raw_cuda_graph()) for name, graph in graphs.items()}
+
+
+def node_count(graph: int, library: Any = None) -> int:
+    """Nodes of the CUDA graph at an address.
+
+    Raises
+    ------
+    RuntimeError
+        If the driver refuses.
+    """
+    library = library or ctypes.CDLL("libcuda.so.1")
+    count = ctypes.c_size_t(0)
+    code = library.cuGraphGetNodes(ctypes.c_void_p(graph), None, ctypes.byref(count))
+    if code != 0:
+        raise RuntimeError(f"cuGraphGetNodes: CUDA error {code}")
+    return count.value
+
+
+def memory_rows(
+    lab: Lab, target: CausalModel, draft: CausalModel, names: dict[str, Any]
+) -> Iterator[Row]:
+    """What many generations of each loop on graphs leave behind."""
+    for kind, make in on_graphs(lab).items():
+        facts: Row = {"name": f"memory of the {kind} loop", **names, "policy": "fixed:3"}
+        rows = partial(_memory_row, lab, facts)
+        yield from isolated(facts, partial(with_loop, make, target, draft, rows))
 
 
 def resident_bytes() -> int:
@@ -191,40 +264,57 @@ def resident_bytes() -> int:
     return int(pages) * resource.getpagesize()
 
 
-def growth_row(lab: Lab, kind: str, loop: Loop, requests: RequestBatch, policy: Tensor) -> Row:
-    """Memory before and after many generations, the first few left out: they fill caches."""
-    count = 20 if lab.dry else 200 if lab.quick else 1000
+def _memory(lab: Lab) -> tuple[int, int, int]:
+    """Bytes in tensors, bytes taken from the device, and bytes of the host."""
+    gc.collect()
+    if lab.dry:
+        return 0, 0, resident_bytes()
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return torch.cuda.memory_allocated(), total - free, resident_bytes()
+
+
+def _memory_row(lab: Lab, facts: Row, loop: Any) -> Iterator[Row]:
+    """Before and after many generations, the first tenth left out: they fill caches."""
+    requests = one_request(lab, 16 if lab.dry else 64)
+    policy = parse_policy(facts["policy"]).pack(cost=COST)
+    count = 20 if lab.dry else 100 if lab.quick else 1000
     readings = []
     for i in range(count):
         for _ in loop.run(requests, policy):
             pass
         if i in (count // 10, count - 1):
-            device = 0 if lab.dry else torch.cuda.memory_allocated()
-            readings.append((device, resident_bytes()))
-    (device, host), (device_later, host_later) = readings
-    grown = {"device_bytes": device_later - device, "host_bytes": host_later - host}
-    grew = grown["device_bytes"] > 0 or grown["host_bytes"] > _HOST_SLACK
-    return {
-        "name": f"memory of the {kind} loop",
+            readings.append(_memory(lab))
+    allocated, taken, host = (after - before for before, after in zip(*readings, strict=True))
+    grew = allocated > 0 or taken > _DEVICE_SLACK or host > _HOST_SLACK
+    yield {
+        **facts,
         "generations": count,
-        **grown,
+        "device_bytes": allocated,
+        "grown": {"taken": float(taken), "host": float(host)},
         "grew": grew and not lab.dry,
     }
 
 
-def audit_row(kind: str, loop: Loop, requests: RequestBatch, policy: Tensor) -> Row:
-    """One generation under the audit, and one under the profiler where there is a GPU."""
-    audit = SyncAudit()
-    steps = audited(loop, requests, policy, audit)
-    count = max(len(steps) - 1, 1)
-    row: Row = {
-        "name": f"syncs of the {kind} loop",
-        "steps": len(steps) - 1,
-        "syncs": len(audit.found),
-        "first": audit.found[:3],
-        "traced_syncs": None,
-        "launches_per_step": None,
-    }
+def traced_rows(
+    lab: Lab, target: CausalModel, draft: CausalModel, names: dict[str, Any]
+) -> Iterator[Row]:
+    """Waits in a profiler's trace, which also has the calls that do not go through torch.
+
+    The profiler may not survive conditional nodes: this is in a process of its own.
+    """
+    requests = one_request(lab, 16 if lab.dry else 64)
+    for kind, make in sorted(on_graphs(lab).items(), reverse=True):  # the device loop last
+        facts: Row = {"name": f"trace of the {kind} loop", **names, "policy": "fixed:3"}
+        rows = partial(_traced_row, facts, requests)
+        yield from isolated(facts, partial(with_loop, make, target, draft, rows))
+
+
+def _traced_row(facts: Row, requests: RequestBatch, loop: Any) -> Iterator[Row]:
+    policy = parse_policy(facts["policy"]).pack(cost=COST)
+    row: Row = {**facts, "traced_syncs": None}
+    for _ in loop.run(requests, policy):
+        pass
     if torch.cuda.is_available():
         running = iter(loop.run(requests, policy))
         next(running)
@@ -234,5 +324,5 @@ def audit_row(kind: str, loop: Loop, requests: RequestBatch, policy: Tensor) -> 
             for _ in running:
                 pass
         waits, launched = trace_syncs(within(profiler.events(), _SPAN))
-        row |= {"traced_syncs": waits, "launches_per_step": launched / count}
-    return row
+        row |= {"traced_syncs": waits, "host_launches": {"n": launched}}
+    yield row

@@ -1,163 +1,83 @@
 """Everything that needs a GPU, in parts of under nine minutes, results written row by row.
 
-    python -m bench.gpu --out DIR                 # all parts
-    python -m bench.gpu --out DIR --part loop     # one; "kernels" is draft, verify and linear
+    python -m bench.gpu --out DIR                 # all parts, one after the other
+    python -m bench.gpu --out DIR --part loop     # one part, or one group of parts: see below
     python -m bench.gpu --out DIR --quick         # fewer shapes and repeats: all in four minutes
     python -m bench.gpu --out DIR --merge FILE    # the parts as one JSON document, and a table;
                                                   # FILE.jsonl: appended to what is there
     python -m bench.gpu --out DIR --dry-run       # on the CPU, tiny shapes: does it run at all?
 
-A dry run's rows say so and hold no times: interpreter and CPU times are not GPU times.
+Parts are kernels, loop, e2e, audit and sanitizer; the group ``kernels`` is the parts draft, verify
+and linear, which share its nine minutes, and have nine each under their own names. What does not
+fit has further names: probe, forward, e2e-8b, tests, tests-decision, tests-decoder, races and
+races-decoder.
+
+A part's processes are killed when they hang, and what is wrong with a row costs that row. The exit
+code is 1 if a result was wrong (`bench.verdicts.failed`). Goals of speed are rows of their own in
+``verdicts.json``: a missed one is said, and changes no exit code. A dry run's rows say so and hold
+no times: interpreter and CPU times are not GPU times.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import subprocess
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bench import roofline
-from bench.audit import audit_rows
-from bench.e2e_rows import e2e_rows, random_decoder
-from bench.environment import ROOT, write_json
-from bench.kernel_rows import draft_rows, verify_rows
+from bench import running
+from bench.environment import ROOT, environment, write_json
 from bench.lab import Lab, Row
-from bench.linear_rows import linear_rows
-from bench.loop_rows import conditional_rows, decision_rows, share_rows, unfused_rows
+from bench.parts import GROUPS, PARTS
+from bench.running import PART_SECONDS, QUICK_SECONDS, Options
+from bench.verdicts import failed, table, verdicts
 
-_SHAPE = ("target", "draft", "compression", "policy", "batch", "width", "vocabulary", "rows")
-_TIMES = {
-    "kernel_us": "us",
-    "iteration_us": "us an iteration",
-    "above_bare_argmax_us": "us above argmax",
-    "share_of_copy": "of copy bandwidth",
-    "tokens_per_second": "tokens/s",
-    "above_forwards": "above its forwards",
-    "syncs": "syncs",
-}
+__all__ = ["GROUPS", "PARTS", "failed", "main", "merge", "run_part", "table"]
 
-PART_SECONDS = 520.0
-"""What a part may take, so that each fits in nine minutes."""
-QUICK_SECONDS = 230.0
-"""What all parts may take in their quick form."""
-
-
-def tests_part(lab: Lab) -> Iterator[Row]:
-    """The tests marked gpu, as one row."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q"]
-    if lab.quick:
-        command += ["-m", "gpu and not slow"]
-    if lab.dry:
-        command.append("--collect-only")
-    yield {"name": "pytest -m gpu", **run_tests(command)}
-
-
-def loop_part(lab: Lab) -> Iterator[Row]:
-    """Conditional nodes, the decision, and what each loop adds to its forwards."""
-    yield from conditional_rows(lab)
-    yield from decision_rows(lab)
-    yield from unfused_rows(lab)
-    name = "tiny" if lab.dry else "Llama-3.2-1B"
-    target = random_decoder(lab, name, "bf16")
-    draft = target.first_layers(1)
-    yield from share_rows(lab, target, draft, {"target": name, "draft": "its first layer"})
-
-
-def audit_part(lab: Lab) -> Iterator[Row]:
-    """Whatever makes the host wait, and memory that grows, in the loops on graphs."""
-    name = "tiny" if lab.dry else "Llama-3.2-1B"
-    target = random_decoder(lab, name, "bf16")
-    yield from audit_rows(lab, target, target.first_layers(1))
-
-
-def sanitizer_part(lab: Lab) -> Iterator[Row]:
-    """The kernels' tests on the GPU under compute-sanitizer's memcheck and racecheck."""
-    for tool in ("memcheck", "racecheck"):
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable]
-        command += ["-m", "pytest", "-q", "-x", "-m", "gpu and not slow", "tests/gpu"]
-        row: Row = {"name": f"compute-sanitizer {tool}", "command": " ".join(command[:5])}
-        if lab.dry or shutil.which(command[0]) is None:
-            problem = "dry run" if lab.dry else f"{command[0]} is not installed"
-            yield row | {"exit_code": 0 if lab.dry else 1, "problem": problem}
-            continue
-        yield row | run_tests(command)
-
-
-def run_tests(command: list[str]) -> Row:
-    """Exit code, seconds and last lines of a command; 124 if it took half of a part's time."""
-    start = time.perf_counter()
-    try:
-        run = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=PART_SECONDS / 2
-        )
-        code, said = run.returncode, run.stdout
-    except subprocess.TimeoutExpired as late:
-        code, said = 124, late.stdout.decode() if late.stdout else ""
-    return {
-        "exit_code": code,
-        "seconds": time.perf_counter() - start,
-        "tail": said.splitlines()[-15:],
-    }
-
-
-PARTS: dict[str, Callable[[Lab], Iterator[Row]]] = {
-    "tests": tests_part,
-    "draft": draft_rows,
-    "verify": verify_rows,
-    "linear": linear_rows,
-    "forward": roofline.forward_rows,
-    "loop": loop_part,
-    "audit": audit_part,
-    "e2e": e2e_rows,
-    "sanitizer": sanitizer_part,
-}
-GROUPS = {"kernels": ("draft", "verify", "linear")}
-"""Parts under one name."""
+TRACE = ROOT / "bench" / "traces" / "smollm2-135m-instruct.parquet"
+"""Signals and acceptance of the default pair, for pairs of random weights."""
+_VERDICTS = "verdicts"
 
 
 def run_part(name: str, lab: Lab, out: Path, seconds: float = PART_SECONDS) -> list[Row]:
-    """Run a part; every row is on disk before the next one is measured.
+    """Run a part in this process; every row is on disk before the next one is measured.
 
-    A part that has taken ``seconds`` ends after the row under way, and its file says so.
+    A section of it that takes too long is cut ahead of its next row, and a row says so.
     """
-    rows: list[Row] = []
-    end = time.monotonic() + seconds
-    for row in _until_an_error(PARTS[name](lab)):
-        rows.append({"part": name, "dry_run": lab.dry, "quick": lab.quick, **row})
-        print(json.dumps(rows[-1]), flush=True)
-        cut = time.monotonic() > end
-        write_json(out / f"{name}.json", {"environment": lab.facts, "cut": cut, "rows": rows})
-        if cut:
-            print(f"{name}: cut after {seconds:.0f} s", file=sys.stderr)
-            break
-    return rows
+    (out / f"{name}.json").unlink(missing_ok=True)
+    jobs = [(name, section) for section in PARTS[name]]
+    return running.work(lab, out, jobs, time.monotonic() + seconds)
 
 
-def _until_an_error(rows: Iterator[Row]) -> Iterator[Row]:
-    """Rows; what goes wrong becomes the last one, so that other parts are measured all the same."""
-    try:
-        yield from rows
-    except Exception as error:
-        traceback.print_exc()
-        yield {"name": "error", "exit_code": 1, "problem": f"{type(error).__name__}: {error}"}
+def read_parts(out: Path) -> dict[str, dict[str, Any]]:
+    """The documents of the parts in a folder."""
+    return {
+        name: json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
+        for name in PARTS
+        if (out / f"{name}.json").exists()
+    }
+
+
+def judge(documents: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The document of the goals, by the parts there are."""
+    rows = verdicts({name: document["rows"] for name, document in documents.items()})
+    facts = [document["environment"] for document in documents.values()]
+    return {"environment": facts[0] if facts else environment(), "cut": False, "rows": rows}
 
 
 def merge(out: Path, file: Path) -> None:
-    """All parts in ``out`` as one document, or appended to a history of JSON lines.
+    """All parts in ``out`` and the goals as one document, or appended to a history of JSON lines.
 
     A table of what was timed is printed.
     """
-    parts = {p: json.loads((out / f"{p}.json").read_text()) for p in PARTS if _has(out, p)}
+    parts = read_parts(out)
     if not parts:
         raise SystemExit(f"error: no part's JSON in {out}")
+    parts[_VERDICTS] = judge(parts)
     if file.suffix == ".jsonl":
         with file.open("a", encoding="utf-8") as history:
             for part in parts.values():
@@ -169,58 +89,62 @@ def merge(out: Path, file: Path) -> None:
         print(line)
 
 
-def table(rows: Sequence[Row]) -> Iterator[str]:
-    """A line for each row that has a time or a verdict."""
-    for row in rows:
-        what = [str(row.get(key)) for key in _SHAPE if row.get(key) is not None]
-        said = []
-        for key, unit in _TIMES.items():
-            value = row.get(key)
-            value = value.get("p50") if isinstance(value, dict) else value
-            if value is not None:
-                said.append(f"{value:,.2f} {unit}")
-        said += ["FAILED"] * failed(row)
-        yield f"{row['name']:36s} {' '.join(what):48s} {', '.join(said) or 'no time'}"
+def _names(part: str | None) -> Sequence[str]:
+    return GROUPS.get(part, (part,)) if part else tuple(PARTS)
 
 
-def _has(out: Path, part: str) -> bool:
-    return (out / f"{part}.json").exists()
+def _run(names: Sequence[str], out: Path, options: Options, together: bool) -> None:
+    """``together``: the parts are a group, which takes as long as one."""
+    if options.quick:
+        running.run(PARTS, names, out, options, QUICK_SECONDS)
+    elif together:
+        running.run(PARTS, names, out, options, PART_SECONDS)
+    else:
+        for name in names:
+            running.run(PARTS, (name,), out, options, PART_SECONDS)
 
 
-def failed(row: Row) -> bool:
-    """Whether a row's test failed or its gate is red."""
-    differs = row.get("identical_to_plain") is False and row["dtype"] in ("bf16", "bfloat16")
-    waits = bool(row.get("syncs")) or bool(row.get("traced_syncs")) or bool(row.get("grew"))
-    return bool(row.get("exit_code")) or row.get("matches_reference") is False or differs or waits
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    choices = list(dict.fromkeys(["kernels", "loop", "e2e", "audit", "sanitizer", *PARTS]))
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the JSON files")
-    parser.add_argument("--part", choices=[*PARTS, *GROUPS], help="only this part")
-    parser.add_argument("--trace", type=Path, help="signals and acceptance for e2e's policies")
+    parser.add_argument("--part", choices=choices, help="only this part, or group of parts")
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        default=TRACE,
+        help="signals and acceptance for e2e's policies (default: the committed trace)",
+    )
     parser.add_argument("--quick", action="store_true", help="fewer shapes and repeats")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--merge", type=Path, metavar="FILE", help="merge what is in --out")
-    arguments = parser.parse_args()
-    if arguments.merge:
-        merge(arguments.out, arguments.merge)
+    asked = parser.parse_args(arguments)
+    if asked.merge:
+        merge(asked.out, asked.merge)
         return
-    if not arguments.dry_run and not torch.cuda.is_available():
+    if not asked.dry_run and not torch.cuda.is_available():
         raise SystemExit("error: no CUDA device; --dry-run runs the same code on the CPU")
-    lab = Lab(arguments.quick, arguments.dry_run)
-    lab.trace = arguments.trace
-    names = GROUPS.get(arguments.part, (arguments.part,)) if arguments.part else tuple(PARTS)
-    share = len(GROUPS.get(arguments.part, ("one",)))  # a group takes as long as a part
-    if arguments.quick:
-        share = len(PARTS)
-    budget = (QUICK_SECONDS if arguments.quick else PART_SECONDS) / share
-    rows = [row for name in names for row in run_part(name, lab, arguments.out, budget)]
-    for line in table(rows):
+    asked.out.mkdir(parents=True, exist_ok=True)
+    names = _names(asked.part)
+    options = Options(asked.quick, asked.dry_run, asked.trace if asked.trace.exists() else None)
+    _run(names, asked.out, options, together=asked.part in GROUPS)
+    documents = read_parts(asked.out)
+    goals = judge(documents)
+    write_json(asked.out / f"{_VERDICTS}.json", goals)
+    rows = [row for name in names for row in documents.get(name, {}).get("rows", ())]
+    for line in table([*rows, *goals["rows"]]):
         print(line)
+    missing = [name for name in names if name not in documents]
     red = [row for row in rows if failed(row)]
-    print(f"{len(rows)} rows, {len(red)} failed, in {arguments.out}")
-    raise SystemExit(1 if red else 0)
+    missed = [row for row in goals["rows"] if row["met"] is False]
+    print(f"{len(rows)} rows, {len(red)} failed, {len(missed)} goals missed, in {asked.out}")
+    for name in missing:
+        print(f"{name}: no row was written")
+    raise SystemExit(1 if red or missing else 0)
 
 
 if __name__ == "__main__":

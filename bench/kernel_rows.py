@@ -16,20 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.lab import COST, Lab, Row, States, nothing
+from bench.lab import COST, Calls, Lab, Row, States, isolated, nothing
 from speckv import kernels
 from speckv.kernels import layout as at
 from speckv.kernels import reference
 from speckv.kernels.layout import StepState
 from speckv.policies import parse_policy
 
-_VOCABULARIES = (32_000, 49_152, 128_256, 262_144)
+_VOCABULARIES = (128_256, 262_144, 49_152, 32_000)
 _BATCHES = (1, 4, 8)
-_WIDTHS = (1, 3, 5, 9, 16)
+_WIDTHS = (5, 1, 9, 16, 3)
 _PROMPT = [1, 2, 3]
 _CAPACITY = 64
 
-Calls = Sequence[Callable[[], Any]]
 Tensors = dict[str, Tensor]
 Operation = tuple[Callable[..., Any], Callable[..., None]]
 """A prepared class of `speckv.kernels` and its twin in the reference."""
@@ -37,23 +36,27 @@ Operation = tuple[Callable[..., Any], Callable[..., None]]
 
 def draft_rows(lab: Lab) -> Iterator[Row]:
     """`draft_step` beside torch.argmax and the unfused PyTorch way."""
-    for batch, vocabulary in _shapes(lab):
-        yield from _draft_shape(lab, batch, vocabulary)
+    for batch, vocabulary in shapes(lab):
+        facts = {"name": "draft", "batch": batch, "vocabulary": vocabulary}
+        yield from isolated(facts, partial(_draft_shape, lab, batch, vocabulary))
 
 
 def verify_rows(lab: Lab) -> Iterator[Row]:
     """`cutoff`, `verify` and `verify_rejection` over widths."""
-    for batch, vocabulary in _shapes(lab):
+    for batch, vocabulary in shapes(lab):
         for width in (1, 5) if lab.quick or lab.dry else _WIDTHS:
-            yield from _verify_shape(lab, batch, width, vocabulary)
+            facts = {"name": "verify", "batch": batch, "width": width, "vocabulary": vocabulary}
+            rows = partial(_verify_shape, lab, batch, width, vocabulary)
+            yield from isolated(facts, rows)
 
 
-def _shapes(lab: Lab) -> list[tuple[int, int]]:
+def shapes(lab: Lab) -> list[tuple[int, int]]:
+    """Batches and vocabularies, those first that must not be cut."""
     if lab.dry:
         return [(2, 1031)]
     if lab.quick:
         return [(1, 128_256)]
-    return [(batch, vocabulary) for vocabulary in _VOCABULARIES for batch in _BATCHES]
+    return [(batch, vocabulary) for batch in _BATCHES for vocabulary in _VOCABULARIES]
 
 
 def _draft_shape(lab: Lab, batch: int, vocabulary: int) -> Iterator[Row]:

@@ -1,7 +1,9 @@
 """Rows of `linear`: products of few rows, as a share of the bandwidth at which the GPU copies.
 
-Activations are bf16, and the weights of Llama-3.2-1B's and Llama-3.1-8B's shapes are random.
-PyTorch's product of the same shape, and bitsandbytes' own nf4 product, stand beside them.
+Activations are bf16, and the weights, of the shapes of Llama models, are random. Beside them stand
+PyTorch's product of the same shape, bitsandbytes' own fused nf4 product (also with absmax values
+that are coded themselves, ``nf4 nested``), and its int8 product, which rounds activations to int8
+too and whose activations are fp16; its threshold of outliers is 0, with which it can be captured.
 """
 
 from __future__ import annotations
@@ -15,96 +17,151 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.lab import Lab, Row, nothing
+from bench.lab import Calls, Lab, Row, isolated, nothing
 from speckv import kernels
 from speckv.kernels import reference_linear
-from speckv.kernels.packed import Int8Weight, Nf4Weight, Weight
+from speckv.kernels.packed import Int8Weight, NestedScales, Nf4Weight, Weight
 from speckv.models.quantize import compress
 
-_WIDTHS = (1, 3, 5, 9, 16, 32)
-_SHAPES = (
-    ("1B qkv", 3072, 2048, False),
-    ("1B gate-up", 16_384, 2048, True),
-    ("1B down", 2048, 8192, False),
-    ("1B head", 128_256, 2048, False),
-    ("8B qkv", 6144, 4096, False),
-    ("8B gate-up", 28_672, 4096, True),
-    ("8B down", 4096, 14_336, False),
-)
-_COPIED_BYTES = 1 << 28
+WIDTHS = (1, 9, 5, 16, 3, 32)
+KINDS = ("bf16", "int8", "nf4", "nf4 nested")
+SHAPES: dict[str, tuple[tuple[str, int, int, bool], ...]] = {
+    "8B": (
+        ("gate-up", 28_672, 4096, True),
+        ("down", 4096, 14_336, False),
+        ("qkv", 6144, 4096, False),
+        ("out", 4096, 4096, False),
+        ("head", 128_256, 4096, False),
+    ),
+    "1B": (
+        ("gate-up", 16_384, 2048, True),
+        ("down", 2048, 8192, False),
+        ("head", 128_256, 2048, False),
+        ("qkv", 3072, 2048, False),
+        ("out", 2048, 2048, False),
+    ),
+    "3B": (
+        ("gate-up", 16_384, 3072, True),
+        ("down", 3072, 8192, False),
+        ("qkv", 5120, 3072, False),
+        ("out", 3072, 3072, False),
+        ("head", 128_256, 3072, False),
+    ),
+}
+"""Products of a layer, and the head, of Llama-3.1-8B, Llama-3.2-1B and 3B: rows, K, SwiGLU."""
+TINY = (("gate-up", 96, 128, True), ("out", 96, 128, False))
 
-Calls = Sequence[Callable[[], Any]]
-
-
-def linear_rows(lab: Lab) -> Iterator[Row]:
-    """`linear` in bf16, int8 and nf4, at every width, beside what others make of the shape."""
-    copied = 1 << 12 if lab.dry else _COPIED_BYTES
-    source = torch.zeros(copied, dtype=torch.uint8, device=lab.device)
-    target = torch.empty_like(source)
-    row = lab.time([partial(target.copy_, source)] * lab.launches(2), nothing)
-    row = {"name": "copy", "dtype": "uint8", "bytes": 2 * copied, **row}
-    bandwidth = None if lab.dry else row["bytes"] / row["kernel_us"]["p50"]
-    yield row | {"bytes_per_us": bandwidth}
-    for shape in _shapes(lab):
-        for kind in ("bf16", "int8", "nf4"):
-            if kind == "bf16" or "head" not in shape[0]:
-                yield from _shape_rows(lab, bandwidth, *shape, kind)
-
-
-def _shapes(lab: Lab) -> Sequence[tuple[str, int, int, bool]]:
-    if lab.dry:
-        return [("tiny", 96, 128, False), ("tiny gate-up", 96, 128, True)]
-    return _SHAPES[:3] if lab.quick else _SHAPES
+Others = Callable[[Tensor], Calls]
 
 
-def _shape_rows(
-    lab: Lab, bandwidth: float | None, name: str, rows: int, depth: int, swiglu: bool, kind: str
-) -> Iterator[Row]:
+def linear_rows(lab: Lab, model: str = "8B") -> Iterator[Row]:
+    """`linear` in every format, at every width, beside what others make of the shape.
+
+    The head is never packed.
+    """
+    copy = lab.copied()
+    yield copy
+    shapes = TINY if lab.dry else SHAPES[model][: 2 if lab.quick else None]
+    for part, rows, depth, swiglu in shapes:
+        for kind in KINDS[:1] if part == "head" else KINDS[: 3 if lab.quick else None]:
+            facts: Row = {"shape": f"{model} {part}", "kind": kind, "rows": rows, "depth": depth}
+            measure = partial(_shape_rows, lab, copy["bytes_per_us"], facts, swiglu)
+            yield from isolated({"name": "linear", **facts}, measure)
+
+
+def _shape_rows(lab: Lab, bandwidth: float | None, facts: Row, swiglu: bool) -> Iterator[Row]:
+    kind, rows, depth = facts["kind"], facts["rows"], facts["depth"]
     dense = torch.randn(rows, depth, device=lab.device, dtype=torch.bfloat16) * depth**-0.5
-    weight = compress(dense, kind, torch.bfloat16)
-    size = _bytes(weight)
-    weights = [weight, *(_copy(weight) for _ in range(lab.copies(size) - 1))]
+    weight = packed(dense, kind)
+    size = weight_bytes(weight)
+    weights = [weight, *(copy_of(weight) for _ in range(lab.copies(size) - 1))]
     count = lab.launches(len(weights))
     products = [kernels.Linear(w, dtype=torch.bfloat16, swiglu=swiglu) for w in weights]
-    for width in (1, 5) if lab.quick or lab.dry else _WIDTHS:
+    name, others = _others(dense, weights, kind, count)
+    for width in (1, 9) if lab.quick or lab.dry else WIDTHS:
         x = torch.randn(width, depth, device=lab.device, dtype=torch.bfloat16)
         out = torch.empty(width, products[0].columns, device=lab.device, dtype=torch.bfloat16)
-        facts = {"shape": name, "kind": kind, "rows": rows, "depth": depth, "width": width}
-        facts |= {"dtype": "bf16", "bytes": size, "copies": len(weights)}
+        here = facts | {"width": width, "dtype": "bf16", "bytes": size, "copies": len(weights)}
         products[0](x, out=out)
         want = torch.empty_like(out)
         reference_linear.linear(x, weight, out=want, swiglu=swiglu)
         same = torch.allclose(out.float(), want.float(), rtol=2e-2, atol=2e-2)
-        row = {"name": "linear", **facts, "matches_reference": same}
+        row = {"name": "linear", **here, "matches_reference": same}
         if same:
             turns = [products[i % len(products)] for i in range(count)]
             calls: Calls = [partial(product, x, out=out) for product in turns]
-            row |= _shared(lab.time(calls, nothing), size, bandwidth)
+            row |= shared(lab.time(calls, nothing), size, bandwidth)
         yield row
-        others: Callable[[Tensor], Calls] | None = None
-        if kind == "bf16":
-            others = partial(_torch_calls, [w for w in weights if isinstance(w, Tensor)], count)
-        elif kind == "nf4":
-            others = partial(_bitsandbytes_calls, dense, len(weights), count)
-        if others is not None:
-            other = {"name": "F.linear" if kind == "bf16" else "bitsandbytes.matmul_4bit", **facts}
-            yield other | _shared(lab.time(others(x), nothing), size, bandwidth)
+        other = {"name": name, **here}
+
+        def beside(x: Tensor = x, other: Row = other) -> Iterator[Row]:
+            yield other | shared(lab.time(others(x), nothing), size, bandwidth)
+
+        yield from isolated(other, beside, vital=False)
 
 
-def _torch_calls(weights: Sequence[Tensor], count: int, x: Tensor) -> Calls:
-    return [partial(F.linear, x, weights[i % len(weights)]) for i in range(count)]
+def packed(dense: Tensor, kind: str) -> Weight:
+    """A weight in one of the `KINDS`.
+
+    Raises
+    ------
+    ModelError
+        If bitsandbytes is needed and missing.
+    """
+    if kind != "nf4 nested":
+        return compress(dense, kind, torch.bfloat16)
+    weight = compress(dense, "nf4", torch.bfloat16)
+    assert isinstance(weight, Nf4Weight)
+    codes, state = _quantized(dense, nested=True)
+    inner = state.state2
+    scales = NestedScales(inner.code.float(), inner.absmax.float(), state.offset.float())
+    return replace(weight, codes=codes.flatten(), absmax=state.absmax, nested=scales)
 
 
-def _bitsandbytes_calls(dense: Tensor, copies: int, count: int, x: Tensor) -> Calls:
+def _quantized(dense: Tensor, *, nested: bool) -> Any:
     import bitsandbytes
 
-    quantize = partial(bitsandbytes.functional.quantize_4bit, blocksize=64, quant_type="nf4")
-    packed = [quantize(dense) for _ in range(copies)]
-    turns = [packed[i % copies] for i in range(count)]
-    return [partial(bitsandbytes.matmul_4bit, x, codes.t(), state) for codes, state in turns]
+    return bitsandbytes.functional.quantize_4bit(
+        dense, blocksize=64, quant_type="nf4", compress_statistics=nested
+    )
 
 
-def _shared(times: Row, size: int, bandwidth: float | None) -> Row:
+def _others(dense: Tensor, weights: Sequence[Weight], kind: str, count: int) -> tuple[str, Others]:
+    """What stands beside a product: its name, and its calls on some rows."""
+    turns = [i % len(weights) for i in range(count)]
+    if kind == "bf16":
+        tensors = [w for w in weights if isinstance(w, Tensor)]
+        return "F.linear", lambda x: [partial(F.linear, x, tensors[i]) for i in turns]
+    if kind == "int8":
+        whole = [w for w in weights if isinstance(w, Int8Weight)]
+        return "bitsandbytes.matmul int8", partial(_int8_calls, whole, turns)
+    nested, made = kind == "nf4 nested", list[Any]()
+
+    def four_bits(x: Tensor) -> Calls:
+        import bitsandbytes
+
+        if not made:  # once for all widths
+            made.extend(_quantized(dense, nested=nested) for _ in weights)
+        matmul = bitsandbytes.matmul_4bit
+        return [partial(matmul, x, made[i][0].t(), made[i][1]) for i in turns]
+
+    return "bitsandbytes.matmul_4bit", four_bits
+
+
+def _int8_calls(weights: Sequence[Int8Weight], turns: Sequence[int], x: Tensor) -> Calls:
+    import bitsandbytes
+
+    states = [bitsandbytes.MatmulLtState(CB=w.codes, SCB=w.scale) for w in weights]
+    for state in states:
+        state.has_fp16_weights = state.is_training = False
+    half = x.to(torch.float16)
+    return [
+        partial(bitsandbytes.matmul, half, weights[i].codes, state=states[i], threshold=0.0)
+        for i in turns
+    ]
+
+
+def shared(times: Row, size: int, bandwidth: float | None) -> Row:
     """With the share of the bandwidth of a copy at which the weight is read."""
     share = None
     if bandwidth is not None:
@@ -115,14 +172,19 @@ def _shared(times: Row, size: int, bandwidth: float | None) -> Row:
 def _tensors(weight: Weight) -> tuple[Tensor, ...]:
     if isinstance(weight, Int8Weight):
         return weight.codes, weight.scale
-    return (weight.codes, weight.absmax) if isinstance(weight, Nf4Weight) else (weight,)
+    if not isinstance(weight, Nf4Weight):
+        return (weight,)
+    nested = () if weight.nested is None else (weight.nested.absmax,)
+    return weight.codes, weight.absmax, *nested
 
 
-def _bytes(weight: Weight) -> int:
+def weight_bytes(weight: Weight) -> int:
+    """What a product reads of a weight."""
     return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(weight))
 
 
-def _copy(weight: Weight) -> Weight:
+def copy_of(weight: Weight) -> Weight:
+    """The weight in other memory."""
     if isinstance(weight, Int8Weight):
         return Int8Weight(weight.codes.clone(), weight.scale)
     if isinstance(weight, Nf4Weight):

@@ -1,15 +1,15 @@
-"""Rows of the loops: what conditional nodes cost, what a decision costs, what a loop adds.
+"""Rows of what a loop is made of: what conditional nodes cost, and what a decision costs.
 
 `conditional_rows` run small plans whose works are real ones that do next to nothing, beside the
 same launches in one graph without conditions. `decision_rows` chain launches in one graph over
-buffers that together exceed the L2 cache. `loop_rows` decode.
+buffers that together exceed the L2 cache; `draft_step_rows` put a forward ahead of each.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,83 +17,137 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.lab import COST, Lab, Row, States, nothing, one_request, quantiles
+from bench import roofline
+from bench.kernel_rows import shapes
+from bench.lab import COST, Calls, Lab, Row, States, isolated, nothing, quantiles
 from speckv import kernels
 from speckv.decoding import plan
-from speckv.decoding.eager import EagerLoop
 from speckv.decoding.plan import Plan, Set, Switch, While, Work
-from speckv.decoding.planned import PlannedLoop
-from speckv.decoding.works import Form, step_operations
+from speckv.decoding.works import step_operations
 from speckv.kernels import layout as at
 from speckv.kernels.layout import LoopState, StepState
-from speckv.models.base import CausalModel
+from speckv.models.llama import LlamaDecoder
 from speckv.policies import parse_policy
+
+Works = dict[str, Callable[[], None]]
 
 _ITERATIONS = 10_000
 _CHAINED = 1_000
-_VOCABULARIES = (32_000, 49_152, 128_256, 262_144)
-_BATCHES = (1, 4, 8)
+_UNROLLED = 1_000
+_TURNS = 4
 
 
 def conditional_plans() -> dict[str, Plan]:
-    """Plans of one launch an iteration, and of what stands beside it in the loop's own."""
+    """Plans of one iteration's launches, and of what stands beside it in the loop's own."""
     running = (plan.RUNNING, at.RUNNING_ROWS)
     inner, width = (plan.MORE, at.RUNNING_ROWS), (plan.WIDTH, at.MOST_DRAFTED)
-    begin = Work(plan.BEGIN)
-    tick = Work("tick")
-    four: tuple[Plan, ...] = tuple((Work("tick"),) for _ in range(4))
-    # The inner loop runs while rows do; so the outer one runs once.
-    again = While(plan.MORE, (tick, Set((inner,))))
+    over = (plan.MORE, at.DRAFTING_ROWS)  # no row drafts: 0
+    begin, tick = Work(plan.BEGIN), Work("tick")
+    # The inner loop runs while rows do, so the outer one runs once; or the other way round.
+    long = While(plan.MORE, (tick, Set((inner,))))
+    short = While(plan.MORE, (tick, Set((over,))))
+    turns: tuple[Plan, ...] = tuple((Work(f"turn-{i}"),) for i in range(_TURNS))
+    last = While(plan.RUNNING, (tick, Set((running,))))
     return {
-        "WHILE": (begin, Set((running,)), While(plan.RUNNING, (tick, Set((running,))))),
-        "WHILE + SWITCH(4)": (
+        f"{_UNROLLED:,} unrolled, conditions set": (
+            begin,
+            *((tick, Set((running,))) * _UNROLLED),
+            last,
+        ),
+        "WHILE": (begin, Set((running,)), last),
+        f"WHILE + SWITCH({_TURNS})": (
             begin,
             Set((running, width)),
-            While(plan.RUNNING, (Switch(plan.WIDTH, four), Set((running, width)))),
+            While(plan.RUNNING, (Switch(plan.WIDTH, turns), Set((running, width)))),
         ),
-        "nested WHILE": (
+        "nested WHILE, the inner one once": (
             begin,
             Set((running, inner)),
-            While(plan.RUNNING, (again, Set((running,)))),
+            While(plan.RUNNING, (short, Set((running, inner)))),
+        ),
+        "nested WHILE, the outer one once": (
+            begin,
+            Set((running, inner)),
+            While(plan.RUNNING, (long, Set((running,)))),
         ),
     }
+
+
+class Ticking:
+    """Works that count steps and do next to nothing else, on one row that never ends.
+
+    Attributes
+    ----------
+    works : mapping of str to callable
+        Of `conditional_plans`.
+    loop : LoopState
+    visits : int32 [_TURNS]
+        How often each body of the SWITCH has run. The bodies choose each other in turn.
+    """
+
+    def __init__(self, lab: Lab) -> None:
+        self._state = StepState.allocate(1, 64, lab.device)
+        self.loop = LoopState.allocate(1, 64, lab.device, conditions_on_host=False)
+        self.visits = torch.zeros(_TURNS, dtype=torch.int32, device=lab.device)
+        self._between = step_operations(lab.device)
+        self.turns: Works = {f"turn-{i}": partial(self._turn, i) for i in range(_TURNS)}
+        self.works: Works = {plan.BEGIN: self._publish, "tick": self.tick, **self.turns}
+
+    def restart(self, most: int) -> None:
+        """Put everything back; ``most`` steps are to come."""
+        self._state.reset(0, [1, 2], limit=32, request=0)
+        self.loop.control.copy_(torch.tensor([1, 0, most, 0], dtype=torch.int32))
+        self.visits.zero_()
+
+    def tick(self) -> None:
+        """Count a step."""
+        self._between.close_step(self._state, self.loop)
+        self._publish()
+
+    def _publish(self) -> None:
+        self._between.publish_conditions(self._state, self.loop)
+
+    def _turn(self, i: int) -> None:
+        self.visits[i].add_(1)
+        self._state.rows[:, at.DRAFTED].fill_((i + 1) % _TURNS)
+        self.tick()
+
+    def outcome(self, row: Row) -> Row:
+        """What was counted since the restart, and whether it is what the row says."""
+        steps, visits = int(self.loop.control[at.STEPS]), self.visits.tolist()
+        right = steps == row["iterations"]
+        if "SWITCH" in row["name"]:
+            right &= visits == [steps // _TURNS] * _TURNS
+        return {"counted": steps, "visits": visits, "matches_reference": right}
 
 
 def conditional_rows(lab: Lab) -> Iterator[Row]:
     """Time of an iteration of each plan, beside that of its launches in one graph, unrolled."""
-    iterations = 10 if lab.dry else _ITERATIONS
-    state = StepState.allocate(1, 64, lab.device)
-    loop = LoopState.allocate(1, 64, lab.device, conditions_on_host=False)
-    between = step_operations(lab.device)
-
-    def tick() -> None:
-        between.close_step(state, loop)
-        between.publish_conditions(state, loop)
-
-    def restart() -> None:
-        state.reset(0, [1, 2], limit=32, request=0)
-        control = torch.tensor([1, 0, iterations, 0], dtype=torch.int32)
-        loop.control.copy_(control)
-
-    works: dict[str, Callable[[], None]] = {
-        "tick": tick,
-        plan.BEGIN: lambda: between.publish_conditions(state, loop),
-    }
-    restart()
-    unrolled = min(_CHAINED, iterations)
-    base = lab.time([tick] * unrolled, restart)
-    yield {"name": f"unrolled, {unrolled} iterations", "iterations": unrolled, **base}
+    iterations = 12 if lab.dry else _ITERATIONS
+    ticking = Ticking(lab)
+    restart = partial(ticking.restart, iterations)
+    for name, calls in (("tick", [ticking.tick] * _TURNS), ("turns", [*ticking.turns.values()])):
+        chained = calls * (min(_CHAINED, iterations) // _TURNS)
+        row: Row = {"name": f"unrolled {name}", "iterations": len(chained)}
+        yield row | lab.time(chained, restart)
     for name, each in conditional_plans().items():
-        restart()
-        row: Row = {"name": name, "iterations": iterations, "n": 0, "iteration_us": None}
-        if lab.dry:
-            for _ in plan.follow(each, lambda work: works[work](), partial(_read, loop)):
-                pass
-        else:
-            seconds = _device_times(each, works, loop, restart, 3 if lab.quick else 10)
-            row |= {"n": len(seconds), "iteration_us": quantiles(seconds)}
-        row["counted"] = int(loop.control[at.STEPS])
-        yield row | {"matches_reference": row["counted"] == iterations}
+        facts: Row = {"name": name, "iterations": _UNROLLED if "unrolled" in name else iterations}
+        yield from isolated(facts, partial(_plan_row, lab, facts, each, ticking))
+
+
+def _plan_row(lab: Lab, facts: Row, each: Plan, ticking: Ticking) -> Iterator[Row]:
+    restart = partial(ticking.restart, facts["iterations"])
+    restart()
+    row: Row = {**facts, "n": 0, "iteration_us": None}
+    if lab.dry:
+        run, read = (lambda work: ticking.works[work]()), partial(_read, ticking.loop)
+        for _ in plan.follow(each, run, read):
+            pass
+    else:
+        works = {name: ticking.works[name] for name in plan.works(each)}
+        seconds = _device_times(each, works, ticking.loop, restart, 3 if lab.quick else 10)
+        row |= {"n": len(seconds), "iteration_us": quantiles(seconds)}
+    yield row | ticking.outcome(row)
 
 
 def _read(loop: LoopState, conditions: list[int]) -> list[int]:
@@ -103,7 +157,7 @@ def _read(loop: LoopState, conditions: list[int]) -> list[int]:
 
 def _device_times(
     each: Plan,
-    works: dict[str, Callable[[], None]],
+    works: Works,
     loop: LoopState,
     restart: Callable[[], None],
     repeats: int,
@@ -135,14 +189,10 @@ def _device_times(
 
 
 def decision_rows(lab: Lab) -> Iterator[Row]:
-    """`draft_step` less a bare argmax, both chained, in one run with torch.argmax."""
-    shapes = [(batch, vocabulary) for vocabulary in _VOCABULARIES for batch in _BATCHES]
-    if lab.quick:
-        shapes = [(1, 128_256)]
-    if lab.dry:
-        shapes = [(2, 1031)]
-    for batch, vocabulary in shapes:
-        yield from _decision_shape(lab, batch, vocabulary)
+    """`draft_step` above a bare argmax, chained and by turns, in one run with torch.argmax."""
+    for batch, vocabulary in shapes(lab):
+        facts = {"name": "decision", "batch": batch, "vocabulary": vocabulary}
+        yield from isolated(facts, partial(_decision_shape, lab, batch, vocabulary))
 
 
 def _decision_shape(lab: Lab, batch: int, vocabulary: int) -> Iterator[Row]:
@@ -153,36 +203,87 @@ def _decision_shape(lab: Lab, batch: int, vocabulary: int) -> Iterator[Row]:
     )
     logits *= 3.0
     count = 2 * copies if lab.dry else max(copies, _CHAINED)
+    turns = [logits[i % copies] for i in range(count)]
     shape: Row = {"batch": batch, "vocabulary": vocabulary, "dtype": "bf16", "copies": copies}
-    calls: Sequence[Callable[[], Any]] = [
-        partial(torch.argmax, logits[i % copies], -1) for i in range(count)
-    ]
-    argmax = {"name": "chained torch.argmax", **shape, **lab.time(calls, nothing)}
-    yield argmax
     tokens = torch.zeros(batch, dtype=torch.int32, device=lab.device)
-    bare = _bare_argmax(lab, logits, tokens)
+    bare = _bare_argmax(lab, batch, vocabulary, tokens)
     bare(logits[0])
     right = torch.equal(tokens, logits[0].argmax(-1).int())
-    timed: Row = lab.time([partial(bare, logits[i % copies]) for i in range(count)], nothing)
-    gate = {"name": "chained bare argmax", **shape, "matches_reference": right}
-    yield gate | (timed if right else {})
-    start = StepState.allocate(batch, 64, lab.device)
-    for b in range(batch):
-        start.reset(b, [1, 2, 3], limit=60, request=b)
-    start.rows[:, at.STOP] = 0
+    names: list[Row] = [
+        {"name": "chained bare argmax", **shape, "matches_reference": right},
+        {"name": "chained torch.argmax", **shape},
+    ]
+    variants: list[tuple[Calls, Callable[[], None]]] = [
+        ([partial(bare, x) for x in turns], nothing),
+        ([partial(torch.argmax, x, -1) for x in turns], nothing),
+    ]
     for name in ("fixed:15", "speckv"):
         policy = parse_policy(name).pack(cost=COST).to(lab.device)
-        states = States([start], count)
+        states = States([_drafting(lab, batch)], count)
         steps = [
-            partial(kernels.DraftStep(logits[i % copies], state, policy), logits[i % copies])
-            for i, state in enumerate(states.each)
+            partial(kernels.DraftStep(x, state, policy), x)
+            for x, state in zip(turns, states.each, strict=True)
         ]
-        row: Row = {"name": "chained draft_step", "policy": name, **shape}
-        row |= lab.time(steps, states.restore)
-        row["above_bare_argmax_us"] = None
-        if row["kernel_us"] and right:
-            row["above_bare_argmax_us"] = row["kernel_us"]["p50"] - timed["kernel_us"]["p50"]
-        yield row
+        names.append({"name": "chained draft_step", "policy": name, **shape})
+        variants.append((steps, states.restore))
+    if not right:  # what is above it means nothing
+        yield names[0]
+        return
+    for row, times in zip(names, lab.turns(*variants), strict=True):
+        yield row | times
+
+
+def draft_step_rows(lab: Lab) -> Iterator[Row]:
+    """A whole draft step, its forward captured with the decision, and with a bare argmax instead.
+
+    The draft is one layer of Llama-3.2-1B with its head of 128,256 tokens.
+    """
+    torch.manual_seed(0)
+    sizes = roofline.TINY if lab.dry else roofline.MODELS["Llama-3.2-1B"]
+    config = roofline.shape({**sizes, "num_hidden_layers": 1})
+    model = LlamaDecoder.from_tensors(
+        config,
+        roofline.RandomTensors(config, lab.device),
+        name="one layer",
+        compression="bf16",
+        dtype=torch.bfloat16,
+        device=lab.device,
+        invariant=lab.dry,
+    )
+    cache = model.new_cache(1, 256)
+    tokens = torch.ones(1, 1, dtype=torch.int32, device=lab.device)
+    positions = torch.full((1, 1), 100, device=lab.device)
+    slots = torch.zeros(1, dtype=torch.int64, device=lab.device)
+    forward = partial(model.forward, tokens, positions, cache, slots=slots, select=0)
+    out = torch.zeros(1, dtype=torch.int32, device=lab.device)
+    bare = _bare_argmax(lab, 1, model.vocab_size, out)
+    count = 4 if lab.dry else 50
+    policy = parse_policy("speckv").pack(cost=COST).to(lab.device)
+    states = States([_drafting(lab, 1)], count)
+    example = forward()
+    prepared = [kernels.DraftStep(example, state, policy) for state in states.each]
+    facts: Row = {"batch": 1, "vocabulary": model.vocab_size, "dtype": "bf16", "policy": "speckv"}
+    times = lab.turns(
+        ([lambda: bare(forward())] * count, nothing),
+        ([partial(_chain, forward, step) for step in prepared], states.restore),
+        ([forward] * count, nothing),
+    )
+    names = ("draft step with a bare argmax", "draft step with draft_step", "draft step's forward")
+    for name, row in zip(names, times, strict=True):
+        yield {"name": name, **facts, **row}
+
+
+def _chain(forward: Callable[[], Tensor], step: Callable[[Tensor], None]) -> None:
+    step(forward())
+
+
+def _drafting(lab: Lab, batch: int) -> StepState:
+    """Rows that draft their first token."""
+    state = StepState.allocate(batch, 64, lab.device)
+    for row in range(batch):
+        state.reset(row, [1, 2, 3], limit=60, request=row)
+    state.rows[:, at.STOP] = 0
+    return state
 
 
 def unfused_rows(lab: Lab) -> Iterator[Row]:
@@ -220,106 +321,13 @@ def unfused_rows(lab: Lab) -> Iterator[Row]:
     yield row | ({} if lab.dry else {"n": len(found), "host_us": quantiles(found)})
 
 
-def _bare_argmax(lab: Lab, logits: Tensor, tokens: Tensor) -> Callable[[Tensor], Any]:
-    """The bare argmax of one of ``logits`` [copies, B, V] into ``tokens``."""
+def _bare_argmax(lab: Lab, batch: int, vocabulary: int, tokens: Tensor) -> Callable[[Tensor], Any]:
+    """The bare argmax of logits [B, V] into ``tokens``."""
     if lab.dry:
         return partial(kernels.argmax, tokens=tokens)
     from speckv.kernels.argmax import argmax_out
     from speckv.kernels.draft_step import Scratch, _select_config, _sm_count
 
-    config = _select_config(logits.shape[-1], _sm_count(lab.device))
-    scratch = Scratch.allocate(logits.shape[1], config, lab.device)
+    config = _select_config(vocabulary, _sm_count(lab.device))
+    scratch = Scratch.allocate(batch, config, lab.device)
     return partial(argmax_out, tokens=tokens, scratch=scratch)
-
-
-def loop_kinds(lab: Lab) -> dict[str, Any]:
-    """The loops there are here, the eager one first."""
-    if lab.dry:
-        return {"eager": EagerLoop, "planned": PlannedLoop}
-    from speckv.decoding.device import DeviceLoop
-    from speckv.decoding.graphed import GraphedLoop
-
-    return {"eager": EagerLoop, "graphed": GraphedLoop, "device": DeviceLoop}
-
-
-def share_rows(
-    lab: Lab, target: CausalModel, draft: CausalModel, names: dict[str, Any]
-) -> Iterator[Row]:
-    """Time of a generation of each loop beside the sum of the forwards in it.
-
-    Forwards are timed alone, each captured in a graph. Tokens other than those of plain decoding
-    in the eager loop are a failure.
-    """
-    requests = one_request(lab, 24 if lab.dry else 256)
-    plain: list[int] | None = None
-    for policy_name in ("fixed:0", "fixed:4"):
-        policy = parse_policy(policy_name).pack(cost=COST)
-        forwards = _forward_times(lab, target, draft, Form.of(requests, policy))
-        for kind, make in loop_kinds(lab).items():
-            loop = make(target, draft, batch=1, capacity=512)
-            found: list[float] = []
-            steps: list[tuple[int, list[int]]] = []
-            for repeat in range(2 if lab.dry else 5):
-                began = time.perf_counter()
-                running = iter(loop.run(requests, policy))
-                next(running)
-                first = time.perf_counter()
-                steps = [(r.gamma, r.tokens) for records in running for r in records]
-                if repeat:
-                    found.append(time.perf_counter() - first)
-                prefill = first - began
-            produced = [t for _, tokens in steps for t in tokens]
-            plain = plain or produced
-            same = produced == plain
-            row: Row = {
-                "name": f"{kind} {policy_name}",
-                **names,
-                "batch": 1,
-                "dtype": str(target.dtype).removeprefix("torch."),
-                "n": len(found),
-                "steps": len(steps),
-                "identical_to_plain": same,
-                "decode_seconds": None,
-                "prefill_seconds": None,
-                "launch_us": None,
-                "forwards_seconds": None,
-                "above_forwards": None,
-            }
-            if same and not lab.dry:
-                spent = quantiles(found)
-                total = sum(forwards[g] for g, _ in steps) * 1e-6
-                row |= {
-                    "decode_seconds": spent,
-                    "prefill_seconds": prefill,
-                    "launch_us": 1e6 * loop.launch_seconds if kind == "device" else None,
-                    "forwards_seconds": total,
-                    "above_forwards": spent["p50"] / total - 1.0,
-                }
-            yield row
-            del loop
-
-
-def _forward_times(
-    lab: Lab, target: CausalModel, draft: CausalModel, form: Form
-) -> dict[int, float]:
-    """Microseconds of the forwards of a step, by γ; zero in a dry run."""
-    slots = torch.zeros(1, dtype=torch.int64, device=lab.device)
-    caches = {id(m): m.new_cache(1, 512) for m in (target, draft)}
-
-    def micros(model: CausalModel, width: int, select: int | None) -> float:
-        tokens = torch.ones(1, width, dtype=torch.int32, device=lab.device)
-        positions = torch.arange(100, 100 + width, device=lab.device)[None]
-        call = partial(
-            model.forward, tokens, positions, caches[id(model)], slots=slots, select=select
-        )
-        if not lab.dry:
-            model.prefill(tokens.new_ones(100), caches[id(model)], 0, want_logits=False)
-        row = lab.time([call] * 4, nothing)
-        return 0.0 if lab.dry else float(row["kernel_us"]["p50"])
-
-    first, again = micros(draft, 2, 1), micros(draft, 1, 0)
-    found = {}
-    for gamma in range(form.gamma_cap + 1):
-        drafts = first + (gamma - 1) * again if gamma else 0.0
-        found[gamma] = drafts + micros(target, gamma + 1, None)
-    return found

@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.lab import Lab, Row, nothing
+from bench.lab import Lab, Row, isolated, nothing
 from speckv.models.config import DecoderConfig
 from speckv.models.fused import LAUNCHES_PER_LAYER
 from speckv.models.llama import LlamaDecoder
@@ -86,10 +87,18 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 
 
 def shape(sizes: Mapping[str, Any]) -> DecoderConfig:
-    """The decoder's view of a shape."""
-    from transformers import LlamaConfig
-
-    return DecoderConfig.from_transformers(LlamaConfig(**sizes, max_position_embeddings=131_072))
+    """The decoder's view of a shape: that of a ``LlamaConfig``, which is not needed for it."""
+    defaults: dict[str, Any] = {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        "tie_word_embeddings": False,
+        "eos_token_id": 2,
+        "max_position_embeddings": 131_072,
+    }
+    config: Any = SimpleNamespace(**{**defaults, **sizes})
+    return DecoderConfig.from_transformers(config)
 
 
 @dataclass(frozen=True)
@@ -125,17 +134,21 @@ class Traffic:
         return self.bytes / bandwidth / 1e3
 
 
-def traffic(config: DecoderConfig, compression: str, rows: int, context: int) -> Traffic:
-    """The bytes and launches of a forward of one sequence.
+def traffic(
+    config: DecoderConfig, compression: str, rows: int, context: int, batch: int = 1
+) -> Traffic:
+    """The bytes and launches of a forward.
 
     Parameters
     ----------
     compression : str
         Weight format; activations are 16 bits wide, or 32 in fp32.
     rows : int
-        New positions.
+        New positions, of all sequences.
     context : int
-        Positions in the cache before them.
+        Positions of each sequence in the cache before them.
+    batch : int
+        Sequences.
     """
     c = config
     width = 4 if compression == "fp32" else 2
@@ -155,7 +168,7 @@ def traffic(config: DecoderConfig, compression: str, rows: int, context: int) ->
     return Traffic(
         weights=c.layers * (weights + norms * width) + c.hidden * width,
         head=c.vocab_size * c.hidden * width,
-        cache=2 * keys * width * (seen + 2 * rows * c.layers),
+        cache=2 * keys * width * (batch * seen + 2 * rows * c.layers),
         activations=2 * rows * width * (c.layers * moved + c.hidden + c.vocab_size),
         launches=c.layers * LAUNCHES_PER_LAYER + _OTHER_LAUNCHES,
     )
@@ -197,62 +210,60 @@ class RandomTensors:
         return weight.mul_(float(size[1]) ** -0.5)
 
 
-def forward_rows(lab: Lab) -> Iterator[Row]:
+def forward_rows(lab: Lab, model: str = "Llama-3.2-1B") -> Iterator[Row]:
     """Whole forwards, captured into a graph, at every width, beside their bytes.
 
     Logits at every width must have the bits of those at width 1.
     """
-    models = {"tiny": TINY} if lab.dry else {n: MODELS[n] for n in MODELS if "SmolLM2" not in n}
-    if lab.quick:
-        models = dict(list(models.items())[:1])
+    copy = lab.copied()
+    yield copy
+    name = "tiny" if lab.dry else model
     context = 16 if lab.dry else _CONTEXT
-    for name, sizes in models.items():
-        config = shape(sizes)
-        for compression in COMPRESSIONS:
-            yield from _forwards(lab, name, config, compression, context)
+    for compression in COMPRESSIONS:
+        facts = {"name": "forward", "model": name, "compression": compression}
+        rows = partial(_forwards, lab, facts, context, copy["bytes_per_us"])
+        yield from isolated(facts, rows)
 
 
-def _forwards(
-    lab: Lab, name: str, config: DecoderConfig, compression: str, context: int
-) -> Iterator[Row]:
+def _forwards(lab: Lab, facts: Row, context: int, bandwidth: float | None) -> Iterator[Row]:
     torch.manual_seed(0)
+    config = shape(TINY if lab.dry else MODELS[facts["model"]])
     model = LlamaDecoder.from_tensors(
         config,
         RandomTensors(config, lab.device),
-        name=name,
-        compression=compression,
+        name=facts["model"],
+        compression=facts["compression"],
         dtype=torch.bfloat16,
         device=lab.device,
         invariant=False,
     )
-    cache = model.new_cache(1, context + 32)
+    cache = model.new_cache(2, context + 32)
     ids = torch.randint(0, config.vocab_size, (context + 16,), device=lab.device)
-    model.prefill(ids[:context], cache, 0, want_logits=False)
-    start = torch.tensor([context], device=lab.device)
-    slots = torch.zeros(1, dtype=torch.int64, device=lab.device)
-    alone = [
-        model.forward(ids[None, context + i : context + i + 1], start + i, cache, slots=slots)[0, 0]
-        for i in range(max(WIDTHS))
-    ]
-    for width in WIDTHS:
-        block = ids[None, context : context + width].contiguous()
-        forward = partial(model.forward, block, start, cache, slots=slots)
-        found = forward()[0]
-        pairs = zip(found, alone, strict=False)
+    for slot in range(2):
+        model.prefill(ids[:context], cache, slot, want_logits=False)
+    start = torch.full((2,), context, device=lab.device)
+    slots = torch.arange(2, device=lab.device)
+
+    def run(batch: int, first: int, width: int) -> Callable[[], Tensor]:
+        block = ids[None, context + first : context + first + width].repeat(batch, 1)
+        return partial(model.forward, block, start[:batch] + first, cache, slots=slots[:batch])
+
+    alone = [run(1, i, 1)()[0, 0] for i in range(max(WIDTHS))]
+    for batch, width in [*((1, width) for width in WIDTHS), (2, max(WIDTHS))]:
+        forward = run(batch, 0, width)
+        pairs = [pair for found in forward() for pair in zip(found, alone, strict=False)]
         # A dry run takes the references, whose bits do depend on the width.
         same = lab.dry or all(torch.equal(row, other) for row, other in pairs)
-        floor = traffic(config, compression, width, context)
-        row = {
-            "name": "forward",
-            "model": name,
-            "compression": compression,
-            "width": width,
-            "context": context,
-            "bytes": floor.bytes,
-            "launches_planned": floor.launches,
-            "matches_reference": same,
-        }
-        yield row | (lab.time([forward] * (2 if lab.dry else 4), nothing) if same else {})
+        rows = batch * width
+        floor = traffic(config, facts["compression"], rows, context, batch)
+        row = {**facts, "batch": batch, "width": width, "context": context}
+        row |= {"bytes": floor.bytes, "launches_planned": floor.launches}
+        row |= {"matches_reference": same, "share_of_copy": None}
+        if same:
+            row |= lab.time([forward] * (2 if lab.dry else 4), nothing)
+            if bandwidth is not None:
+                row["share_of_copy"] = floor.bytes / row["kernel_us"]["p50"] / bandwidth
+        yield row
 
 
 def table(bandwidth: float, context: int, measured: Sequence[Row]) -> Iterator[str]:
@@ -260,7 +271,7 @@ def table(bandwidth: float, context: int, measured: Sequence[Row]) -> Iterator[s
     times = {
         (r["model"], r["compression"], r["width"], r["context"]): r["kernel_us"]["p50"]
         for r in measured
-        if r.get("kernel_us")
+        if r.get("kernel_us") and r.get("batch", 1) == 1 and "model" in r
     }
     head = ("rows", "MB", "launches", "floor us")
     yield "{:14} {:6} {:>4} {:>9} {:>8} {:>9}  {}".format("model", "format", *head, "measured")

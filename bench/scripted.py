@@ -1,10 +1,14 @@
-"""A draft that says what was recorded: real forwards, and injected signals and acceptance.
+"""A pair that says what was recorded: real forwards, and injected text, signals and acceptance.
 
 Models with random weights cost what trained ones cost, but agree on nothing. To measure a policy on
-them, the draft's logits are replaced, after its forward has run, by rows made from a recorded
-trace: the likeliest token is the target's own where the trace's draft was right, and another where
-it was not; its probability and the row's entropy are the recorded ones. The loop, its kernels and
+them, logits are replaced, after a forward has run, by rows made from a recorded trace. The target
+says the recorded text after the recorded prompt, so that what a policy is told of text that repeats
+itself is real; the draft says the recorded tokens, right and wrong ones, and its rows have the
+recorded probability of the likeliest token, its margin and its entropy. The loop, its kernels and
 its losslessness are the real ones. Numbers got this way say so.
+
+What is synthetic: after a wrong draft token the draft goes on as it did on the true text; beyond
+the second token a row's mass is spread evenly.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,31 +24,43 @@ from torch import Tensor
 from speckv.kernels import layout as at
 from speckv.models.base import CausalModel
 from speckv.models.cache import KVCache
-from speckv.traces.schema import Trace
+
+if TYPE_CHECKING:
+    from speckv.traces.schema import Trace
+
+_SURE = 30.0
+"""How far the target's token stands above all others."""
+_ROOM = 32
 
 
 @dataclass(frozen=True)
 class Script:
-    """What a draft says of each token of an answer after its first.
+    """What is said of each token of an answer.
 
     Attributes
     ----------
-    right : list of bool
-        Whether its token is the target's.
-    confidence, entropy : list of float
-        Of its distribution; entropy in bits.
+    prompt : list of int
+    answer : list of int
+    proposed : list of int
+        The draft's token at each place.
+    confidence, entropy, margin : list of float
+        Of the draft's distribution; entropy in bits.
     """
 
-    right: list[bool]
+    prompt: list[int]
+    answer: list[int]
+    proposed: list[int]
     confidence: list[float]
     entropy: list[float]
-
-    def __len__(self) -> int:
-        return len(self.right)
+    margin: list[float]
 
 
-def scripts(trace: Trace, compression: str, length: int, count: int) -> list[Script]:
-    """The first ``count`` greedy answers of a trace with at least ``length`` positions.
+def scripts(
+    trace: Trace, compression: str, length: int, count: int, vocabulary: int
+) -> list[Script]:
+    """The first ``count`` greedy answers of a trace with at least ``length`` tokens, cut to these.
+
+    Ids beyond a smaller ``vocabulary`` wrap around.
 
     Raises
     ------
@@ -55,15 +71,26 @@ def scripts(trace: Trace, compression: str, length: int, count: int) -> list[Scr
     for index, answer in enumerate(trace.answers):
         if (answer.compression, answer.temperature) != (compression, 0.0):
             continue
-        if trace.lengths[index] <= length:  # the last row has nothing to say
+        rows = slice(int(trace.first[index]), int(trace.first[index]) + length)
+        if trace.lengths[index] < length or not trace.rows.drafted[rows][1:].all():
             continue
-        at_row = slice(int(trace.first[index]), int(trace.first[index]) + length)
-        signals = trace.rows.signals[at_row, 0]
+        said = [int(t) % vocabulary for t in trace.rows.target_token[rows]]
+        right = (trace.rows.accepted[rows] > 0).tolist()
+        proposed = [int(t) % vocabulary for t in trace.rows.draft_tokens[rows, 0]]
+        for i, token in enumerate(said):
+            if right[i]:
+                proposed[i] = token
+            elif proposed[i] == token:  # only where ids wrap around
+                proposed[i] = (token + 1) % vocabulary
+        signals = trace.rows.signals[rows, 0]
         found.append(
             Script(
-                right=(trace.rows.accepted[at_row] > 0).tolist(),
+                prompt=[token % vocabulary for token in answer.prompt_tokens],
+                answer=said,
+                proposed=proposed,
                 confidence=signals[:, at.CONFIDENCE].tolist(),
                 entropy=signals[:, at.ENTROPY].tolist(),
+                margin=signals[:, at.MARGIN].tolist(),
             )
         )
         if len(found) == count:
@@ -74,52 +101,49 @@ def scripts(trace: Trace, compression: str, length: int, count: int) -> list[Scr
     )
 
 
-def logits_of(confidence: float, entropy: float, token: int, vocabulary: int) -> Tensor:
-    """A row [vocabulary] whose softmax has this top probability and, as near as can be, entropy.
+def logits_of(
+    confidence: float, entropy: float, margin: float, token: int, vocabulary: int
+) -> Tensor:
+    """A row [vocabulary] whose softmax has this top probability and margin, and nearly the entropy.
 
-    The rest of the mass is spread evenly over as many tokens as the entropy asks for: between those
-    that keep it below the top and the whole vocabulary.
+    What the two likeliest tokens leave is spread evenly over as many others as the entropy asks
+    for: between those that keep it below the second and the whole vocabulary.
     """
-    rest = 1.0 - confidence
     row = torch.full((vocabulary,), -math.inf)
     row[token] = 0.0
-    if rest <= 0.0:
+    second = min(max(confidence - margin, 0.0), 1.0 - confidence)
+    rest = 1.0 - confidence - second
+    if second > 0.0:
+        row[(token + 1) % vocabulary] = math.log(second / confidence)
+    if second <= 0.0 or rest <= 0.0:
         return row
-    bits = (entropy + confidence * math.log2(confidence)) / rest + math.log2(rest)
-    fewest = math.floor(rest / confidence) + 1
-    others = min(max(round(2.0 ** min(bits, 30.0)), fewest), vocabulary - 1)
-    index = (token + 1 + torch.arange(others)) % vocabulary
+    known = confidence * math.log2(confidence) + second * math.log2(second)
+    bits = (entropy + known) / rest + math.log2(rest)
+    fewest = min(math.floor(rest / second) + 1, vocabulary - 2)
+    others = min(max(round(2.0 ** min(bits, 30.0)), fewest), vocabulary - 2)
+    index = (token + 2 + torch.arange(others)) % vocabulary
     row[index] = math.log(rest / others / confidence)
     return row
 
 
-class ScriptedDraft:
-    """A draft whose forwards run, and whose logits are a script's.
+class _Scripted:
+    """A model whose forwards run, and whose logits are those of a table, by position.
 
     Parameters
     ----------
     model : CausalModel
-    first : int
-        Position of the second token of the answers, which scripts begin with.
     capacity : int
         Most tokens of a sequence.
     """
 
-    def __init__(self, model: CausalModel, first: int, capacity: int) -> None:
-        self._model, self._first = model, first
+    def __init__(self, model: CausalModel, capacity: int) -> None:
+        self._model = model
         self._table = torch.zeros(
-            capacity + 32, model.vocab_size, dtype=model.dtype, device=model.device
+            capacity + _ROOM, model.vocab_size, dtype=model.dtype, device=model.device
         )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
-
-    def follow(self, script: Script, tokens: Sequence[int]) -> None:
-        """Speak of ``tokens``, the target's answer after its first token, from now on."""
-        for i, (token, right) in enumerate(zip(tokens, script.right, strict=False)):
-            said = token if right else (token + 1) % self._model.vocab_size
-            row = logits_of(script.confidence[i], script.entropy[i], said, self._model.vocab_size)
-            self._table[self._first + i] = row.to(self._table)
 
     def forward(
         self,
@@ -131,17 +155,58 @@ class ScriptedDraft:
         select: Any = None,
         context: int | None = None,
     ) -> Tensor:
-        """The model's forward, then the script's rows for the positions after the selected ones."""
+        """The model's forward, then the table's rows for the positions after those asked for."""
         self._model.forward(tokens, start, cache, slots=slots, select=select, context=context)
-        if isinstance(start, Tensor) and start.ndim == 2:
-            next_one = start[:, select if isinstance(select, int) else 0] + 1
-        else:
-            first = torch.as_tensor(start, device=self._table.device)
-            column = torch.as_tensor(0 if select is None else select, device=first.device)
-            next_one = first + column + 1
-        rows = self._table.index_select(0, next_one.reshape(-1))
-        return rows if select is not None else rows[:, None]
+        device = self._table.device
+        places = torch.as_tensor(start, device=device)
+        if places.ndim == 1:
+            places = places[:, None] + torch.arange(tokens.shape[1], device=device)
+        if isinstance(select, int):
+            places = places[:, select]
+        elif select is not None:
+            columns = torch.as_tensor(select, device=device).long()
+            places = places.gather(1, columns[:, None])[:, 0]
+        rows = self._table.index_select(0, places.reshape(-1) + 1)
+        return rows.view(*places.shape, -1)
 
-    def prefill(self, *arguments: Any, **options: Any) -> Tensor | None:
-        """The model's."""
-        return self._model.prefill(*arguments, **options)
+    def prefill(
+        self,
+        tokens: Tensor,
+        cache: KVCache,
+        slot: int,
+        *,
+        start: int = 0,
+        want_logits: bool = True,
+    ) -> Tensor | None:
+        """The model's, then the table's row for the position after."""
+        self._model.prefill(tokens, cache, slot, start=start, want_logits=want_logits)
+        return self._table[start + len(tokens)].clone() if want_logits else None
+
+    def _write(self, first: int, rows: Sequence[Tensor]) -> None:
+        """The table's rows from position ``first`` on."""
+        self._table.zero_()
+        self._table[first : first + len(rows)] = torch.stack(list(rows)).to(self._table)
+
+
+class ScriptedTarget(_Scripted):
+    """A target that says what a script says."""
+
+    def follow(self, script: Script) -> None:
+        """Say this answer from now on."""
+        rows = torch.full((len(script.answer), self._model.vocab_size), -_SURE)
+        rows[torch.arange(len(rows)), torch.tensor(script.answer)] = 0.0
+        self._write(len(script.prompt), [*rows])
+
+
+class ScriptedDraft(_Scripted):
+    """A draft that proposes what a script says."""
+
+    def follow(self, script: Script) -> None:
+        """Propose this from now on."""
+        said = zip(script.confidence, script.entropy, script.margin, script.proposed, strict=True)
+        vocabulary = self._model.vocab_size
+        rows = [
+            logits_of(confidence, entropy, margin, token, vocabulary)
+            for confidence, entropy, margin, token in said
+        ]
+        self._write(len(script.prompt), rows)

@@ -1,10 +1,11 @@
 """Microbenchmarks of a decision, with pytest-benchmark: what drafting a token costs besides its
-forward.
+forward, and what verifying a draft does.
 
     python -m pytest bench/test_decision.py                       # here, on the CPU
     python -m pytest bench/test_decision.py --benchmark-disable   # that it runs at all
 
-On a GPU, where a call only enqueues, kernels are timed by ``python -m bench.gpu --part loop``.
+On a GPU, where a call only enqueues, kernels are timed by
+``python -m bench.gpu --part kernels`` and ``--part loop``.
 """
 
 from __future__ import annotations
@@ -45,6 +46,28 @@ def test_draft_step(benchmark: Any, vocabulary: int, batch: int) -> None:
 
     benchmark.pedantic(reference.draft_step, setup=start, rounds=20, warmup_rounds=2)
     assert (state.rows[:, at.DRAFTED] == 1).all()
+
+
+@pytest.mark.parametrize("width", [1, 5, 16])
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_verify(benchmark: Any, vocabulary: int, width: int) -> None:
+    """Acceptance of a whole draft of ``width - 1`` tokens, and the decision after it."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3.0 * torch.randn(1, width, vocabulary, generator=generator)
+    state, policy = drafting(1), parse_policy("speckv").pack(cost=COST)
+    eos = torch.full((1, 1), -1, dtype=torch.int32)
+    start = [tensor.clone() for tensor in vars(state).values()]
+    said = logits[0, : width - 1].argmax(-1).int()
+
+    def begin() -> tuple[tuple[Any, ...], dict[str, Any]]:
+        for tensor, value in zip(vars(state).values(), start, strict=True):
+            tensor.copy_(value)
+        state.rows[0, at.DRAFTED] = width - 1
+        state.sequence[0, 3 : 3 + width - 1] = said
+        return (logits, state, policy), {"eos": eos}
+
+    benchmark.pedantic(reference.verify, setup=begin, rounds=10, warmup_rounds=1)
+    assert int(state.rows[0, at.ACCEPTED]) == width - 1
 
 
 @pytest.mark.parametrize("name", POLICIES)

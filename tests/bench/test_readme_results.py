@@ -66,7 +66,7 @@ def test_parts_that_ran() -> None:
     assert "On one NVIDIA H100 (`bench/history/gpu.json`):" in text
     assert "| device fixed:4 | t | 321.00 |" in text
     assert (
-        "Of `make gpu`, draft, verify, linear, forward, audit, sanitizer have not run"
+        "Of `make gpu`, probe, draft, verify, linear, forward, e2e-8b, audit, sanitizer,"
         in " ".join(text.split())
     )
     every = readme.section({"gpu": [gpu("NVIDIA H100", readme._GPU_PARTS)]})

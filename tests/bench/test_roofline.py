@@ -12,10 +12,21 @@ from torch import Tensor
 
 from bench import roofline
 from bench.lab import Lab
+from speckv.models.config import DecoderConfig
 from speckv.models.fused import FusedLayer
 from speckv.models.llama import LlamaDecoder
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", roofline.MODELS)
+def test_shapes_are_those_of_transformers(name: str) -> None:
+    from transformers import LlamaConfig
+
+    sizes = roofline.MODELS[name]
+    config = LlamaConfig(**sizes, max_position_embeddings=131_072)
+    expected, found = vars(DecoderConfig.from_transformers(config)), vars(roofline.shape(sizes))
+    assert torch.equal(found.pop("inv_freq"), expected.pop("inv_freq")) and found == expected
 
 
 def build(compression: str) -> LlamaDecoder:
@@ -82,8 +93,12 @@ def test_a_table_with_what_was_measured() -> None:
 
 
 def test_the_dry_run_forwards_every_format_at_every_width() -> None:
-    rows = list(roofline.forward_rows(Lab(quick=False, dry=True)))
-    assert [(r["compression"], r["width"]) for r in rows] == [
-        (compression, width) for compression in roofline.COMPRESSIONS for width in roofline.WIDTHS
+    copy, *rows = roofline.forward_rows(Lab(quick=False, dry=True))
+    assert copy["name"] == "copy"
+    shapes = [*((1, width) for width in roofline.WIDTHS), (2, 16)]
+    assert [(r["compression"], r["batch"], r["width"]) for r in rows] == [
+        (compression, *shape) for compression in roofline.COMPRESSIONS for shape in shapes
     ]
-    assert all(row["kernel_us"] is None for row in rows)
+    assert all(row["kernel_us"] is row["share_of_copy"] is None for row in rows)
+    two, one = rows[5]["bytes"], rows[4]["bytes"]
+    assert two - one == 2 * 2 * 2 * 16 * 2 * (16 + 2 * 16), "keys and values of a second sequence"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -73,11 +74,62 @@ def test_the_bits_of_a_row_do_not_depend_on_the_width(compression: str, width: i
     assert torch.equal(run(compression, [width] * (count // width)), alone)
 
 
+PLACES = (300, 287, 256, 255, 64, 31, 2, 1)
+"""Where each of eight sequences stands; some on both sides of a chunk of the attention."""
+
+
+@cache
+def texts() -> Tensor:
+    """Tokens [8, 400] of as many sequences."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(0, SIZES["vocab_size"], (8, 400), generator=generator).cuda()
+
+
+def prefilled(decoder: LlamaDecoder) -> Any:
+    """A cache that holds each sequence up to its place."""
+    cache_ = decoder.new_cache(8, 400)
+    for slot, place in enumerate(PLACES):
+        decoder.prefill(texts()[slot, :place], cache_, slot, want_logits=False)
+    return cache_
+
+
+@cache
+def alone(compression: str) -> Tensor:
+    """Logits [8, 16, V] of the next tokens of each sequence, one row at a time."""
+    decoder = model(compression)
+    cache_, found = prefilled(decoder), []
+    for slot, place in enumerate(PLACES):
+        slots = torch.tensor([slot], device="cuda")
+        rows = []
+        for at in range(place, place + 16):
+            start = torch.tensor([at], device="cuda")
+            token = texts()[slot, at : at + 1][None]
+            rows.append(decoder.forward(token, start, cache_, slots=slots)[0, 0])
+        found.append(torch.stack(rows))
+    return torch.stack(found)
+
+
 @pytest.mark.parametrize("compression", FORMATS)
-@pytest.mark.parametrize("batch", [2, 3, 8])
-def test_nor_on_the_batch(compression: str, batch: int) -> None:
+@pytest.mark.parametrize("width", range(1, 17))
+def test_nor_on_the_batch_at_any_width(compression: str, width: int) -> None:
+    """Every row of every sequence, from one sequence to eight at places of their own."""
+    decoder, expected = model(compression), alone(compression)
+    cache_ = prefilled(decoder)
+    places = torch.tensor(PLACES, device="cuda")
+    offsets = torch.arange(width, device="cuda")
+    for batch in range(1, 9):
+        for first in {0, 8 - batch}:
+            slots = torch.arange(first, first + batch, device="cuda")
+            start = places[slots]
+            block = texts()[slots].gather(1, start[:, None] + offsets)
+            logits = decoder.forward(block, start, cache_, slots=slots)
+            assert torch.equal(logits, expected[first : first + batch, :width]), (batch, first)
+
+
+@pytest.mark.parametrize("compression", FORMATS)
+def test_nor_on_more_rows_than_a_tile(compression: str) -> None:
     widths = [1, 5, 16, 9, 17]
-    assert torch.equal(run(compression, widths, batch), run(compression, [1] * 48))
+    assert torch.equal(run(compression, widths, 8), run(compression, [1] * 48))
 
 
 @pytest.mark.parametrize("name", FAMILY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor
 from speckv.kernels import layout as at
 from speckv.kernels import reference
 from speckv.kernels.layout import StepState
-from tests.gpu.repeats import count_differences
+from tests.gpu.grid import logits_cases
+from tests.gpu.repeats import count_alternating, count_differences
 from tests.kernels.cases import POLICIES, fixed
 from tests.tolerances import assert_close
 
@@ -72,10 +74,7 @@ def check(logits: Tensor, device_logits: Tensor, policy: Tensor, steps: int, kin
 
 
 @pytest.mark.parametrize("kind", ["greedy", "sampled", "mapped", "rejection"])
-@pytest.mark.parametrize("pad", [0, 1], ids=["aligned", "unaligned"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("vocabulary", [7, 1031, 32_000, 49_152, 128_256, 262_144])
-@pytest.mark.parametrize("batch", [1, 3, 17])
+@pytest.mark.parametrize(("batch", "vocabulary", "dtype", "pad"), logits_cases((3, 17), (1, 3)))
 def test_equals_reference(
     batch: int, vocabulary: int, dtype: torch.dtype, pad: int, kind: str
 ) -> None:
@@ -103,16 +102,63 @@ def test_rows_without_a_token_end(bad: float, place: int) -> None:
     assert state.rows[:, at.ERROR].tolist() == [at.ERROR_DRAFT, 0]
 
 
+def deciding(batch: int) -> StepState:
+    """Rows from a second or later token on, whose features fold into those before it."""
+    state = draft_state(batch, "cuda")
+    state.rows[:, at.DRAFTED] = torch.arange(batch, device="cuda") % 4 + 1
+    state.running.copy_(torch.tensor([1.5, 2.5, 0.4, 0.2, 2.5, 0.2, 0.1, 0.6]))
+    return state
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["greedy", "sampled"])
+@pytest.mark.parametrize("kind", ["greedy", "sampled", "rejection"])
 def test_a_million_launches_give_the_same_bits(kind: str) -> None:
-    """From a second or later token on, whose features fold into those of the tokens before it."""
     from speckv.kernels.draft_step import DraftStep
 
     logits = logits_of(4, 49_152, torch.bfloat16, 0).cuda()
-    state = draft_state(4, "cuda")
-    state.rows[:, at.DRAFTED] = torch.tensor([1, 2, 3, 4])
-    state.running.copy_(torch.tensor([1.5, 2.5, 0.4, 0.2, 2.5, 0.2, 0.1, 0.6]))
+    state = deciding(4)
     options = on_device(options_of(kind, logits.cpu()))
     step = DraftStep(logits, state, POLICIES["survival-rate"].cuda(), **options)
-    assert count_differences(lambda: step(logits), list(vars(state).values())) == 0
+    counters = step._launch.keywords["scratch"].counters
+    found = count_differences(lambda: step(logits), list(vars(state).values()), [counters])
+    assert found == 0
+
+
+@pytest.mark.slow
+def test_a_million_launches_back_to_back() -> None:
+    """Two rows of logits in turn, on states of their own and one scratch, as in a step."""
+    from speckv.kernels.draft_step import DraftStep, Scratch, draft_step_out
+
+    policy = POLICIES["survival-rate"].cuda()
+    logits = [logits_of(1, 128_256, torch.bfloat16, 0).cuda()]
+    logits.append(logits[0].flip(1).contiguous())
+    states = [deciding(1) for _ in logits]
+    config = DraftStep(logits[0], states[0], policy).config
+    assert config is not None
+    scratch = Scratch.allocate(1, config, "cuda")
+    launches = [
+        partial(draft_step_out, x, state, policy, scratch=scratch)
+        for x, state in zip(logits, states, strict=True)
+    ]
+    mutated = [list(vars(state).values()) for state in states]
+    assert count_alternating(launches, mutated, [scratch.counters]) == 0
+
+
+@pytest.mark.slow
+def test_a_million_argmaxes_agree() -> None:
+    """Two rows of logits in turn on one scratch; each has two equal maxima, far apart."""
+    from speckv.kernels.argmax import argmax_out
+    from speckv.kernels.draft_step import Scratch, _select_config, _sm_count
+
+    logits = [logits_of(4, 128_256, torch.bfloat16, 0).cuda() for _ in range(2)]
+    for i, x in enumerate(logits):
+        x[:, [1000 + i, 100_000 + i]] = 50.0
+    config = _select_config(128_256, _sm_count(torch.device("cuda", 0)))
+    scratch = Scratch.allocate(4, config, "cuda")
+    tokens = [torch.full((4,), -1, dtype=torch.int32, device="cuda") for _ in logits]
+    launches = [
+        partial(argmax_out, x, tokens=out, scratch=scratch)
+        for x, out in zip(logits, tokens, strict=True)
+    ]
+    assert count_alternating(launches, [[out] for out in tokens], [scratch.counters]) == 0
+    assert [out.tolist() for out in tokens] == [[1000] * 4, [1001] * 4]
