@@ -57,18 +57,18 @@ def conditional_plans() -> dict[str, Plan]:
         "WHILE": (begin, Set((running,)), last),
         f"WHILE + SWITCH({_TURNS})": (
             begin,
-            Set((running, width)),
-            While(plan.RUNNING, (Switch(plan.WIDTH, turns), Set((running, width)))),
+            Set((running,)),
+            While(plan.RUNNING, (Set((width,)), Switch(plan.WIDTH, turns), Set((running,)))),
         ),
         "nested WHILE, the inner one once": (
             begin,
-            Set((running, inner)),
-            While(plan.RUNNING, (short, Set((running, inner)))),
+            Set((running,)),
+            While(plan.RUNNING, (Set((inner,)), short, Set((running,)))),
         ),
         "nested WHILE, the outer one once": (
             begin,
-            Set((running, inner)),
-            While(plan.RUNNING, (long, Set((running,)))),
+            Set((running,)),
+            While(plan.RUNNING, (Set((inner,)), long, Set((running,)))),
         ),
     }
 

@@ -53,11 +53,17 @@ def share_rows(
     """Time of a generation of each loop beside the sum of the forwards in it.
 
     Forwards are timed alone, each captured in a graph. Tokens other than those of plain decoding
-    in the eager loop are a failure.
+    in the eager loop are a failure. Of the loop with the fewest launches, at a fixed γ, the other
+    ways of drafting too.
     """
     plain: list[int] = []
     for policy in ("fixed:0", "fixed:4"):
-        for kind, make in loop_kinds(lab).items():
+        kinds = loop_kinds(lab)
+        if policy != "fixed:0":
+            kind = "planned" if lab.dry else "device"
+            for drafts in ("chain", "switch"):
+                kinds[f"{kind} ({drafts})"] = partial(kinds[kind], drafts=drafts)
+        for kind, make in kinds.items():
             facts: Row = {"name": f"{kind} {policy}", **names, "batch": 1}
             facts["dtype"] = str(target.dtype).removeprefix("torch.")
             rows = partial(_share_row, lab, policy, facts, plain)

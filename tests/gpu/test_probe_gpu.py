@@ -17,6 +17,7 @@ from speckv.decoding import plan
 from speckv.decoding.conditional import DRIVER_MIN, Driver, PlanGraph
 from speckv.decoding.graphed import capture
 from speckv.decoding.plan import If, Plan, Set, Switch, While, Work
+from speckv.decoding.trial import try_conditionals
 from speckv.decoding.works import step_operations
 from speckv.kernels import layout as at
 from speckv.kernels.layout import LoopState, StepState
@@ -83,9 +84,10 @@ def test_the_module_is_loaded() -> None:
     assert Driver()._function() is not None
 
 
-def test_a_graph_of_every_kind_is_instantiated() -> None:
-    torch.zeros(1, device="cuda")
-    Driver().try_conditionals()
+def test_a_graph_of_every_kind_runs() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.zeros(1, device=device)
+    try_conditionals(Driver(), device)
 
 
 def test_set_conditions_alone_is_launched() -> None:
