@@ -28,10 +28,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import linear_config as cut
 from .device import _round
+from .linear_config import TILE_ROWS
 from .nf4_lookup import NF4_BF16, NF4_FP16
 
+_ROWS: tl.constexpr = tl.constexpr(TILE_ROWS)
 _LOOKUP_BF16: tl.constexpr = tl.constexpr(NF4_BF16)
 _LOOKUP_FP16: tl.constexpr = tl.constexpr(NF4_FP16)
 
@@ -105,10 +106,10 @@ def _sum_dense(
     """
     o_k = tl.arange(0, BLOCK_K)
     o_w = o_row * depth
-    o_x = tl.arange(0, cut.TILE_ROWS) * stride_x
-    acc = tl.zeros([cut.TILE_ROWS, BLOCK_N], tl.float32)
+    o_x = tl.arange(0, _ROWS) * stride_x
+    acc = tl.zeros([_ROWS, BLOCK_N], tl.float32)
     acc_up = acc
-    squares = tl.zeros([cut.TILE_ROWS], tl.float32)
+    squares = tl.zeros([_ROWS], tl.float32)
     for i_block in range(first, last):
         k = i_block * BLOCK_K
         m_depth = (k + o_k < depth)[None, :]
@@ -207,10 +208,10 @@ def _sum_nf4(
     ``x_ptr`` and ``norm_ptr`` are of int32, a pair of elements each.
     """
     o_pair = tl.arange(0, 32)
-    o_x = tl.arange(0, cut.TILE_ROWS) * stride_x
-    acc = tl.zeros([cut.TILE_ROWS, BLOCK_N], tl.float32)
+    o_x = tl.arange(0, _ROWS) * stride_x
+    acc = tl.zeros([_ROWS, BLOCK_N], tl.float32)
     acc_up = acc
-    squares = tl.zeros([cut.TILE_ROWS], tl.float32)
+    squares = tl.zeros([_ROWS], tl.float32)
     blocks = depth // 64
     o_w = o_row * (blocks * 32)
     offset = 0.0
@@ -318,9 +319,9 @@ def _linear_kernel(
     i_row_tile = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_split = tl.program_id(2)
-    o_row = tl.arange(0, cut.TILE_ROWS)
-    m_rows = i_row_tile * cut.TILE_ROWS + o_row < rows
-    x_ptr += i_row_tile * cut.TILE_ROWS * stride_x
+    o_row = tl.arange(0, _ROWS)
+    m_rows = i_row_tile * _ROWS + o_row < rows
+    x_ptr += i_row_tile * _ROWS * stride_x
     o_column = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     o_n = tl.minimum(o_column, columns - 1)
     start = i_tile.to(tl.int64) * BLOCK_N
@@ -378,9 +379,9 @@ def _linear_kernel(
         )
 
     if SPLITS > 1:
-        SIZE: tl.constexpr = cut.TILE_ROWS * BLOCK_N
+        SIZE: tl.constexpr = _ROWS * BLOCK_N
         SUMS: tl.constexpr = SIZE * (2 if SWIGLU else 1)
-        STEP: tl.constexpr = SUMS + (cut.TILE_ROWS if NORM else 0)
+        STEP: tl.constexpr = SUMS + (_ROWS if NORM else 0)
         i_counter = i_row_tile * tl.num_programs(1) + i_tile
         o_tile = o_row[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         m_tile = m_rows[:, None] & (o_column >= 0)[None, :]
@@ -419,7 +420,7 @@ def _linear_kernel(
             acc_up, row_scale, scale_ptr, bias_ptr, columns + o_n, NORM, INT8, HAS_BIAS
         )
         acc = acc / (1.0 + tl.exp(-acc)) * acc_up
-    o_row = i_row_tile * cut.TILE_ROWS + o_row
+    o_row = i_row_tile * _ROWS + o_row
     mask = m_rows[:, None] & (o_column < columns)[None, :]
     if HAS_RESIDUAL:
         residual_ptr += o_row[:, None] * stride_residual + o_column[None, :]
