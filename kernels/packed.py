@@ -34,18 +34,25 @@ class Int8Weight:
 class NestedScales:
     """How the absmax values of a double-quantised weight are coded.
 
-    The absmax of block i is ``table[code[i]] * absmax[i // 256] + offset``: ``table`` [256] fp32,
-    ``absmax`` [blocks / 256, rounded up] fp32, ``offset`` fp32 of one element.
+    The absmax of block i is ``table[code[i]] * absmax[i // 256] + offset[i // 256]``: ``table``
+    [256] fp32, ``absmax`` and ``offset`` [blocks / 256, rounded up] fp32. An offset of one element,
+    as bitsandbytes has it, is repeated; parts of a fused weight have their own.
     """
 
     table: Tensor
     absmax: Tensor
     offset: Tensor
 
+    def __post_init__(self) -> None:
+        if self.offset.numel() == 1:
+            repeated = self.offset.reshape(1).expand(self.absmax.shape[0]).contiguous()
+            object.__setattr__(self, "offset", repeated)
+
     def expand(self, codes: Tensor) -> Tensor:
         """Absmax values [blocks] fp32 of their ``codes`` [blocks] uint8."""
         outer = self.absmax.repeat_interleave(NESTED_BLOCK)[: codes.shape[0]]
-        return self.table[codes.int()] * outer + self.offset
+        offset = self.offset.repeat_interleave(NESTED_BLOCK)[: codes.shape[0]]
+        return self.table[codes.int()] * outer + offset
 
 
 @dataclass(frozen=True)
