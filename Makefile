@@ -11,12 +11,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PROMPT := Explain in three sentences how a rainbow forms.
 
-.PHONY: help demo test test-full lint bench-plain gpu clean
+.PHONY: help demo test test-full test-triton-lowest lint bench-plain gpu clean
 
 help:
 	@echo "make demo         chat with SmolLM2, decoding speculatively"
 	@echo "make test         lint, types and every test but the slow ones (under 15 minutes)"
 	@echo "make test-full    every test; the result goes to bench/history/test-full.json"
+	@echo "make test-triton-lowest  every compiled kernel, by the oldest Triton that is supported"
 	@echo "make lint         ruff and mypy"
 	@echo "make bench-plain  plain decoding against transformers' greedy generate"
 	@echo "make gpu          everything that needs a GPU; OUT=DIR says where results go, PART=NAME"
@@ -30,11 +31,20 @@ demo: $(STAMP)
 # choice is made when a kernel is first imported. Hence two runs of pytest, each of WORKERS
 # processes with one thread: threads of several processes would wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
-test: lint
+# The oldest Triton lies beside the newest, which its folder hides. Its compiler takes other code,
+# and makes other code of it: kernels for one architecture are compiled in `make test`.
+LOWEST := $(VENV)/triton-lowest
+PYTEST_LOWEST := env -u TRITON_INTERPRET OMP_NUM_THREADS=1 PYTHONPATH=$(LOWEST) \
+  $(BIN)/python -m pytest -n $(WORKERS) --dist load
+test: lint $(LOWEST)/.installed
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not slow"
 	env -u TRITON_INTERPRET $(PYTEST) -m "not interpreter and not slow"
+	$(PYTEST_LOWEST) -k sm_90 tests/aot/test_compile.py tests/aot/test_baseline.py
 
-test-full: $(STAMP)
+test-triton-lowest: $(LOWEST)/.installed
+	$(PYTEST_LOWEST) tests/aot
+
+test-full: $(STAMP) $(LOWEST)/.installed
 	$(BIN)/python tests/report.py --workers $(WORKERS) --out bench/history/test-full.json
 
 lint: $(STAMP)
@@ -52,6 +62,13 @@ gpu: $(STAMP)
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(LOWEST)/.installed: $(STAMP)
+	@lowest=$$(sed -n 's/.*"triton>=\([0-9.]*\).*/\1/p' pyproject.toml); \
+	  echo "Fetching Triton $$lowest (once)"; \
+	  $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade \
+	    --target $(LOWEST) "triton==$$lowest.*"
+	@touch $@
 
 # pip's log is cut down to one line a package; its errors reach the terminal untouched.
 $(STAMP): pyproject.toml setup.py

@@ -45,7 +45,7 @@ def measure() -> dict[str, Used]:
     table = {}
     for spec in registry.all_specs():
         for variant in spec.variants:
-            for arch in registry.ARCHITECTURES:
+            for arch in variant.architectures:
                 compiled = registry.compile_variant(spec, variant, arch)
                 table[label(compiled)] = used(compiled)
     return table

@@ -27,7 +27,7 @@ HEAD_DIMS = (16, 32, 64, 128, 256)
 class Config:
     """``chunk`` positions are one program's, ``block`` of them at a time."""
 
-    chunk: int = 256
+    chunk: int = 128
     block: int = 64
     num_warps: int = 4
     num_stages: int = 3
@@ -35,7 +35,10 @@ class Config:
 
 def _select_config(head_dim: int) -> Config:
     """One chunk for every context and capacity: a row's result must depend on neither."""
-    return Config(block=64 if head_dim <= 128 else 32, num_stages=3 if head_dim <= 64 else 2)
+    return Config(
+        block=64 if head_dim <= 128 else 32,
+        num_stages=3 if head_dim <= 128 else 2,
+    )
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def attention_out(
     out: Tensor,
     scratch: Scratch,
     window: int | None = None,
+    pdl: bool = False,
 ) -> None:
     """Launch `attention` on arguments that it would accept; nothing else.
 
@@ -95,6 +99,8 @@ def attention_out(
         Made for queries of this shape or a larger one, and for this cache or a longer one.
     queries, cache, positions, slots, out, window
         As in `attention`.
+    pdl : bool
+        Programmatic dependent launch: from compute capability 9.0 on.
     """
     batch, width, heads, head_dim = queries.shape
     if batch == 0 or width == 0:
@@ -123,9 +129,11 @@ def attention_out(
         WINDOW=window or 0,
         CHUNK=config.chunk,
         BLOCK=config.block,
+        PDL=pdl,
         EMULATED=EMULATED,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        launch_pdl=pdl,
         enable_fp_fusion=FP_FUSION,
     )
 
@@ -212,7 +220,13 @@ def attention(
 
 
 def _variant(
-    dtype: str, heads: int, kv_heads: int, head_dim: int, *, window: int | None = None
+    dtype: str,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    window: int | None = None,
+    pdl: bool = False,
 ) -> Variant:
     """What `attention_out` would launch."""
     config = _select_config(head_dim)
@@ -221,8 +235,9 @@ def _variant(
     signature |= {"tops_ptr": "*fp32", "values_ptr": "*fp32", "counters_ptr": "*i32"}
     signature |= {n: "i32" for n in ("stride_slot", "stride_position", "width", "kv_heads")}
     signature["scale"] = "fp32"
+    suffix = f"{'-window' if window else ''}{'-pdl' if pdl else ''}"
     return Variant(
-        name=f"{dtype}-H{heads}-{kv_heads}-D{head_dim}{'-window' if window else ''}",
+        name=f"{dtype}-H{heads}-{kv_heads}-D{head_dim}{suffix}",
         signature=signature,
         constexprs={
             "GROUP": heads // kv_heads,
@@ -230,11 +245,13 @@ def _variant(
             "WINDOW": window or 0,
             "CHUNK": config.chunk,
             "BLOCK": config.block,
+            "PDL": pdl,
             "EMULATED": False,
         },
         divisible=frozenset(signature) - {"scale", "width", "kv_heads"},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        pdl=pdl,
     )
 
 
@@ -248,8 +265,9 @@ SPECS = (
             _variant("fp16", 9, 3, 64),
             _variant("bf16", 32, 8, 128, window=4096),
             _variant("bf16", 8, 1, 256),
+            _variant("bf16", 32, 8, 64, pdl=True),
         ),
-        max_registers=200,
+        max_registers=240,  # four chunks of 16 rows of 256 in flight
         max_shared_bytes=100_000,
     ),
 )

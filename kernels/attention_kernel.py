@@ -1,15 +1,16 @@
 """The device half of `attention`: grouped-query attention of a few new positions over the cache.
 
 The query heads that share a key head are rows of one matrix, ``width * group`` of them, in tiles of
-16. A program takes one tile over one chunk of 256 positions, by online softmax in fp32 (Milakov and
+16. A program takes one tile over one chunk of 128 positions, by online softmax in fp32 (Milakov and
 Gimelshein, 2018), with ``s = q . k / sqrt(head_dim)`` in units of ln 2. Chunks store their maximum,
-sum and weighted values; the last one to arrive merges them in index order.
+sum and weighted values; the last one to arrive merges them: it takes the maximum of all, scales
+each chunk by its distance from it, and adds in an order that the chunks' indices fix.
 
 Rules: a row sees the positions up to and including its own, or with a window the last ones of
 them. Where a chunk begins depends on nothing, and what a row does not see leaves its sums as they
 are to the last bit (they are multiplied by 1, and 0 is added), so its bits do not depend on the
-rows beside it. NaN stays in its row. Cache rows that no row of a tile sees are not read; those
-that only others see must be finite.
+rows beside it: the merge's groups of chunks begin at multiples of their size. NaN stays in its row.
+Cache rows that no row of a tile sees are not read; those that only others see must be finite.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import _round
+from .device import _round, _wait
 
 TILE_ROWS: tl.constexpr = tl.constexpr(16)
+_GROUP: tl.constexpr = tl.constexpr(32)
 
 
 @triton.jit
@@ -34,8 +36,17 @@ def _dot(a, b, acc, EMULATED: tl.constexpr):
 
 @triton.jit
 def _shift(top, top_new):
-    """Factor of sums taken with the maximum ``top``; 0 where nothing was seen before."""
+    """Factor of sums taken with the maximum ``top``; 0 where they have seen nothing."""
     return tl.exp2(top - tl.where(top_new == float("-inf"), 0.0, top_new))
+
+
+@triton.jit
+def _partial(tops_ptr, values_ptr, i, last_chunk, o_value, m_row, HEAD_DIM: tl.constexpr):
+    """Maxima and values of chunk ``i``, from L2, where the other programs' stores are."""
+    m = m_row & (tl.full([TILE_ROWS], 0, tl.int32) + i <= last_chunk)
+    top = tl.load(tops_ptr + i * (2 * TILE_ROWS), m, float("-inf"), cache_modifier=".cg")
+    p = values_ptr + i * (TILE_ROWS * HEAD_DIM) + o_value
+    return top, tl.load(p, m[:, None], 0.0, cache_modifier=".cg")
 
 
 @triton.jit(do_not_specialize=["width"])
@@ -62,8 +73,10 @@ def _attention_kernel(
     WINDOW: tl.constexpr,  # 0: none
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
+    _wait(PDL)
     i_chunk = tl.program_id(0)
     i_tile = tl.program_id(1)
     i_head = tl.program_id(2).to(tl.int64)
@@ -114,29 +127,42 @@ def _attention_kernel(
     chunks = tl.num_programs(0)
     tops_ptr += i_counter * chunks * (2 * TILE_ROWS) + o_row
     values_ptr += i_counter * chunks * (TILE_ROWS * HEAD_DIM)
-    values_ptr += o_row[:, None] * HEAD_DIM + o_d[None, :]
+    o_value = o_row[:, None] * HEAD_DIM + o_d[None, :]
     tl.store(tops_ptr + i_chunk * (2 * TILE_ROWS), top)
     tl.store(tops_ptr + i_chunk * (2 * TILE_ROWS) + TILE_ROWS, total)
-    tl.store(values_ptr + i_chunk * (TILE_ROWS * HEAD_DIM), acc, mask=m_row[:, None])
+    tl.store(values_ptr + i_chunk * (TILE_ROWS * HEAD_DIM) + o_value, acc, mask=m_row[:, None])
     tl.debug_barrier()
     arrived = tl.atomic_add(counters_ptr + i_counter, 1, sem="acq_rel")
     if arrived != last_chunk - first_chunk:
         return
     tl.store(counters_ptr + i_counter, 0)
+    # No load waits for another's value; .cg as in `_partial`.
+    o_first = first_chunk // _GROUP * _GROUP + tl.arange(0, _GROUP)[:, None]
     top = tl.full([TILE_ROWS], float("-inf"), tl.float32)
+    for i_group in range(0, tl.cdiv(last_chunk + 1, _GROUP) - first_chunk // _GROUP):
+        o_chunk = o_first + i_group * _GROUP
+        m_chunk = (o_chunk >= first_chunk) & (o_chunk <= last_chunk)
+        p = tops_ptr + o_chunk * (2 * TILE_ROWS)
+        b_top = tl.load(p, m_chunk, float("-inf"), cache_modifier=".cg")
+        top = tl.maximum(top, tl.max(b_top, 0))
     total = tl.zeros([TILE_ROWS], tl.float32)
+    for i_group in range(0, tl.cdiv(last_chunk + 1, _GROUP) - first_chunk // _GROUP):
+        o_chunk = o_first + i_group * _GROUP
+        m_chunk = (o_chunk >= first_chunk) & (o_chunk <= last_chunk)
+        p = tops_ptr + o_chunk * (2 * TILE_ROWS)
+        b_top = tl.load(p, m_chunk, float("-inf"), cache_modifier=".cg")
+        b_total = tl.load(p + TILE_ROWS, m_chunk, 0.0, cache_modifier=".cg")
+        total += tl.sum(b_total * _shift(b_top, top[None, :]), 0)
     acc = tl.zeros([TILE_ROWS, HEAD_DIM], tl.float32)
-    for i in range(first_chunk, last_chunk + 1):
-        # .cg: from L2, where the other programs' stores are.
-        b_top = tl.load(tops_ptr + i * (2 * TILE_ROWS), cache_modifier=".cg")
-        b_total = tl.load(tops_ptr + i * (2 * TILE_ROWS) + TILE_ROWS, cache_modifier=".cg")
-        b_acc = tl.load(
-            values_ptr + i * (TILE_ROWS * HEAD_DIM), m_row[:, None], 0.0, cache_modifier=".cg"
-        )
-        top_new = tl.maximum(top, b_top)
-        kept, added = _shift(top, top_new), _shift(b_top, top_new)
-        total = total * kept + b_total * added
-        acc = acc * kept[:, None] + b_acc * added[:, None]
-        top = top_new
+    for i in range(first_chunk, last_chunk + 1, 4):
+        # All loads stand before the factors' way through shared memory, which they cannot pass.
+        top0, acc0 = _partial(tops_ptr, values_ptr, i, last_chunk, o_value, m_row, HEAD_DIM)
+        top1, acc1 = _partial(tops_ptr, values_ptr, i + 1, last_chunk, o_value, m_row, HEAD_DIM)
+        top2, acc2 = _partial(tops_ptr, values_ptr, i + 2, last_chunk, o_value, m_row, HEAD_DIM)
+        top3, acc3 = _partial(tops_ptr, values_ptr, i + 3, last_chunk, o_value, m_row, HEAD_DIM)
+        acc += acc0 * _shift(top0, top)[:, None]
+        acc += acc1 * _shift(top1, top)[:, None]
+        acc += acc2 * _shift(top2, top)[:, None]
+        acc += acc3 * _shift(top3, top)[:, None]
     y = _round(acc / total[:, None], out_ptr.dtype.element_ty, EMULATED)
     tl.store(out_ptr + o_out, y, mask=m_row[:, None])

@@ -34,6 +34,9 @@ from .cutoff_kernel import GROUPS, _cutoff_select_kernel, _cutoff_sum_kernel
 from .registry import FP_FUSION, KernelSpec, Variant
 from .split import SplitConfig, split_row
 
+SELECT_REGISTERS = 80
+"""Of a thread of the selection; left to choose, the assembler of Triton 3.6 spills two of 72."""
+
 
 def _select_config(vocabulary: int) -> SplitConfig:
     """Programs of one row; they do not depend on the number of rows."""
@@ -163,6 +166,7 @@ def cutoff_out(
             scratch.cursor,
             scratch.counter,
             config.blocks,
+            maxnreg=SELECT_REGISTERS,
             **options,
         )
 
@@ -303,7 +307,13 @@ _INPUT_TYPES = {
 }
 
 
-def _variant(name: str, scratch_types: dict[str, str], truncated: bool, rows: bool) -> Variant:
+def _variant(
+    name: str,
+    scratch_types: dict[str, str],
+    truncated: bool,
+    rows: bool,
+    maxnreg: int | None = None,
+) -> Variant:
     config = _select_config(128_256)
     signature = {"logits_ptr": f"*{name}", **_INPUT_TYPES, **scratch_types}
     if truncated:
@@ -327,6 +337,7 @@ def _variant(name: str, scratch_types: dict[str, str], truncated: bool, rows: bo
         divisible=frozenset(pointers | {"stride_lr"}),
         wide_loads=True,
         num_warps=config.num_warps,
+        maxnreg=maxnreg,
     )
 
 
@@ -336,7 +347,8 @@ def _sum_variant(name: str, truncated: bool, rows: bool) -> Variant:
 
 
 def _select_variant(name: str, rows: bool) -> Variant:
-    return _variant(name, {"candidate_ptr": f"*{name}", "cursor_ptr": "*i32"}, True, rows)
+    scratch = {"candidate_ptr": f"*{name}", "cursor_ptr": "*i32"}
+    return _variant(name, scratch, True, rows, maxnreg=SELECT_REGISTERS)
 
 
 SPECS = (

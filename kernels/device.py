@@ -1,6 +1,7 @@
-"""Device functions that kernels share: rounding, counter-based noise, matches, the γ decision.
+"""Device functions that kernels share: rounding, noise, matches, the γ decision, early launches.
 
-The twins of the last three are `reference.gumbel`, `latest_match` and `decide`.
+The twins of `_gumbel_run`, `_latest_match` and `_decide` are `reference.gumbel`,
+`latest_match` and `decide`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,28 @@ def _round(y, dtype: tl.constexpr, EMULATED: tl.constexpr):
 
 EMULATED = not hasattr(_round, "cache_key")
 """Whether kernels run in Triton's interpreter."""
+
+
+@triton.jit
+def _wait(PDL: tl.constexpr):
+    """Wait for the kernels before, and let the next one start and wait; nothing without ``PDL``.
+
+    With programmatic dependent launch a kernel starts before the one it follows has ended. Nothing
+    that another kernel writes may be read before this, and nothing written that another reads. The
+    next kernel's programs take what room is left once all of this one's have come here.
+    """
+    if PDL:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.wait; // $0", "=r,~{memory}", [], tl.int32, is_pure=False, pack=1
+        )
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; // $0",
+            "=r,~{memory}",
+            [],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit

@@ -40,6 +40,7 @@ def linear_out(
     norm: Tensor | None = None,
     eps: float = 0.0,
     table: Tensor | None = None,
+    pdl: bool = False,
 ) -> None:
     """Launch `linear` on arguments that `linear` would accept; nothing else.
 
@@ -56,6 +57,8 @@ def linear_out(
     table : Tensor [16], optional
         Values of nf4 codes in the type of ``x``, where they are not `NF4_TABLE`'s; the interpreter
         always needs them.
+    pdl : bool
+        Programmatic dependent launch: from compute capability 9.0 on.
     """
     rows, depth = x.shape
     columns = out.shape[1]
@@ -104,9 +107,11 @@ def linear_out(
         BLOCK_K=config.block_k,
         EVEN=depth % config.block_k == 0,
         STAGES=config.num_stages,
+        PDL=pdl,
         EMULATED=EMULATED,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        launch_pdl=pdl,
         maxnreg=config.maxnreg,
         enable_fp_fusion=FP_FUSION,
     )
@@ -168,8 +173,9 @@ class Linear:
         self.scratch: Scratch | None = None
         if device.type != "cpu":
             capability = torch.cuda.get_device_capability(device)
+            multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
             self._config = _select_config(
-                self.columns, self.depth, capability, _kind(weight), swiglu
+                self.columns, self.depth, capability, _kind(weight), swiglu, multiprocessors
             )
             self._table = _custom_table(weight, dtype)
             form = (rows_max, self.columns, self._config)
@@ -179,8 +185,10 @@ class Linear:
                 check_scratch(scratch, Scratch.sizes(*form, swiglu=swiglu))
             self.scratch = scratch
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None, *, out: Tensor) -> None:
-        """Multiply; the arguments are as in `linear`, and are not checked."""
+    def __call__(
+        self, x: Tensor, residual: Tensor | None = None, *, out: Tensor, pdl: bool = False
+    ) -> None:
+        """Multiply; the arguments are as in `linear_out`, and are not checked."""
         if self.scratch is None:
             reference_linear.linear(
                 x,
@@ -205,6 +213,7 @@ class Linear:
                 norm=self._norm,
                 eps=self._eps,
                 table=self._table,
+                pdl=pdl,
             )
 
 
@@ -352,7 +361,9 @@ def _check_weight(weight: Weight, dtype: torch.dtype) -> torch.device:
             check_tensor(
                 "weight.nested.absmax", nested.absmax, "float32", outer, device, dense=True
             )
-            check_tensor("weight.nested.offset", nested.offset.view(-1), "float32", (1,), device)
+            check_tensor(
+                "weight.nested.offset", nested.offset, "float32", outer, device, dense=True
+            )
     else:
         raise TypeError(
             f"weight: expected a tensor, Int8Weight or Nf4Weight, got {type(weight).__name__}"
@@ -382,6 +393,7 @@ def _variant(
     norm: bool = False,
     nested: bool = False,
     table: bool = False,
+    pdl: bool = False,
 ) -> Variant:
     """What `linear_out` would launch."""
     config = _select_config(columns, depth, capability, kind, swiglu)
@@ -429,12 +441,14 @@ def _variant(
             "BLOCK_K": config.block_k,
             "EVEN": depth % config.block_k == 0,
             "STAGES": config.num_stages,
+            "PDL": pdl,
             "EMULATED": False,
         },
         divisible=frozenset(signature) - {"rows", "eps", *unaligned},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.maxnreg,
+        pdl=pdl,
     )
 
 
@@ -449,6 +463,17 @@ def _variants() -> tuple[Variant, ...]:
             _variant(f"bf16-{kind}-swiglu", "bf16", kind, 8192, 2048, swiglu=True),
             _variant(f"bf16-{kind}-norm-qkv", "bf16", kind, 3072, 2048, norm=True),
             _variant(f"bf16-{kind}-norm-swiglu", "bf16", kind, 8192, 2048, norm=True, swiglu=True),
+            _variant(
+                f"bf16-{kind}-norm-swiglu-pdl",
+                "bf16",
+                kind,
+                8192,
+                2048,
+                norm=True,
+                swiglu=True,
+                pdl=True,
+            ),
+            _variant(f"bf16-{kind}-down-pdl", "bf16", kind, 2048, 8192, residual=True, pdl=True),
         ]
     return (
         *variants,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,10 @@ TILE_ROWS = 16
 """Rows of a tile: the least that tensor cores multiply at once."""
 SPLITS_MAX = 16
 _MULTIPROCESSORS = {(8, 0): 108, (9, 0): 132, (10, 0): 148}
-_RESIDENT = 2
+_SHARED_BYTES = {(8, 0): 167_936, (9, 0): 233_472, (10, 0): 233_472}
+_REGISTERS = 65_536
+_THREAD_REGISTERS = {"dense": 128, "int8": 128, "nf4": 144}
+"""At most; those of nf4 as compiled, which sets no limit (`Config.maxnreg`)."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +44,40 @@ class Config:
     maxnreg: int | None = None
 
 
+def _shared_bytes(config: Config, kind: str, swiglu: bool, norm: bool = False) -> int:
+    """Shared memory of a program: one buffer fewer than stages, of ``x``, weights and scales."""
+    half_bytes = {"dense": 4, "int8": 2, "nf4": 1}[kind]
+    row = config.block_k * half_bytes // 2 + (config.block_k // 16 if kind == "nf4" else 0)
+    weights = config.block_n * (2 if swiglu else 1) * row
+    return (config.num_stages - 1) * (2 * config.block_k * (TILE_ROWS + norm) + weights)
+
+
+def _resident(config: Config, kind: str, swiglu: bool, capability: tuple[int, int]) -> int:
+    """Programs that a multiprocessor holds at once, by shared memory and by registers."""
+    shared = _SHARED_BYTES.get(capability, 102_400)
+    by_shared = shared // (_shared_bytes(config, kind, swiglu) + 1024)  # 1 KiB is the system's
+    by_registers = _REGISTERS // (32 * config.num_warps * _THREAD_REGISTERS[kind])
+    return max(min(by_shared, by_registers), 1)
+
+
 def _select_config(
-    columns: int, depth: int, capability: tuple[int, int], kind: str, swiglu: bool = False
+    columns: int,
+    depth: int,
+    capability: tuple[int, int],
+    kind: str,
+    swiglu: bool = False,
+    multiprocessors: int | None = None,
 ) -> Config:
     """Tiles whose loads are 16 bytes a thread, and splits that fill the multiprocessors.
 
     A tile has 64 weight rows, as 128 threads load those of nf4 in 16 bytes each from 64; the two
-    halves of SwiGLU share them where 32 rows are enough for that. The splits minimise the waves of
-    programs (two resident on a multiprocessor) times the blocks that a program works through, with
-    two more for filling its pipeline, and with half a block for every partial sum to be merged.
+    halves of SwiGLU share them where 32 rows are enough for that. The splits minimise the time of
+    the busiest multiprocessor, in units of half the time in which it can read a block of weights:
+
+    - a program alone reads at half that speed, and programs together at no more than all of it;
+    - each wave of as many programs as are resident fills its pipelines for two blocks' time;
+    - each partial sum takes half a block's time to merge.
+
     The number of rows has no say: a row's result must not depend on it.
 
     Parameters
@@ -59,31 +87,40 @@ def _select_config(
     depth : int
         K.
     capability : (int, int)
-        Of the device; unknown ones count as having 128 multiprocessors.
+        Of the device.
     kind : "dense" | "int8" | "nf4"
+    swiglu : bool
+    multiprocessors : int, optional
+        Of the device; by default those of the largest one of this capability.
     """
     if kind == "nf4":
         block_n = 64
-        block_k = next(size for size in (256, 128, 64) if depth % size == 0)
+        # Twice the weights of 128 elements fill as many loads, and spill no registers.
+        sizes = (128, 64) if swiglu else (256, 128, 64)
+        block_k = next(size for size in sizes if depth % size == 0)
     else:
         block_n = 32 if swiglu else 64
         # Rows of an odd K are loaded element by element, which takes registers.
         block_k = 32 if depth % 16 else 64 if depth % 128 else 128
     tiles, blocks = _cdiv(columns, block_n), _cdiv(depth, block_k)
-    slots = _RESIDENT * _MULTIPROCESSORS.get(capability, 128)
-
-    def cost(splits: int) -> int:
-        waves = _cdiv(tiles * splits, slots)
-        return waves * (2 * _cdiv(blocks, splits) + 4) + (splits if splits > 1 else 0)
-
-    splits = min(range(1, min(blocks, SPLITS_MAX) + 1), key=cost)
-    return Config(
+    whole = Config(
         block_n,
         block_k,
-        splits,
+        splits=1,
         num_stages=4 if depth % 16 == 0 else 1,
         maxnreg=None if kind == "nf4" else 128,
     )
+    if multiprocessors is None:
+        multiprocessors = _MULTIPROCESSORS.get(capability, 128)
+    resident = _resident(whole, kind, swiglu, capability)
+
+    def cost(splits: int) -> int:
+        programs = tiles * splits
+        waves = _cdiv(programs, resident * multiprocessors)
+        speed = max(2 * waves, _cdiv(programs, multiprocessors))
+        return speed * _cdiv(blocks, splits) + 4 * waves + (splits if splits > 1 else 0)
+
+    return replace(whole, splits=min(range(1, min(blocks, SPLITS_MAX) + 1), key=cost))
 
 
 @dataclass(frozen=True)

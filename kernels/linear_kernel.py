@@ -21,6 +21,9 @@ Rules: neither the blocks, nor the splits, nor their order depend on how many ro
 where in its tile a row is, so its bits do not either. NaN and infinities stay in their row. Weight
 rows past the last are read as the last one, and what comes of them is not stored; rows of ``x``
 past the last are read as zeros.
+
+With PDL a program asks for the weights of its first blocks before it waits for the kernel that
+makes its ``x``: weights are all that no kernel writes.
 """
 
 from __future__ import annotations
@@ -28,10 +31,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from . import linear_config as cut
-from .device import _round
+from .device import _round, _wait
+from .linear_config import TILE_ROWS
 from .nf4_lookup import NF4_BF16, NF4_FP16
 
+_ROWS: tl.constexpr = tl.constexpr(TILE_ROWS)
 _LOOKUP_BF16: tl.constexpr = tl.constexpr(NF4_BF16)
 _LOOKUP_FP16: tl.constexpr = tl.constexpr(NF4_FP16)
 
@@ -62,6 +66,16 @@ def _load_weight(ptr, m_depth, EVEN: tl.constexpr):
     if EVEN:
         return tl.load(ptr)
     return tl.load(ptr, mask=m_depth, other=0)
+
+
+@triton.jit
+def _prefetch(ptr, o_row, row_bytes, first_byte, BLOCK_N: tl.constexpr, LINES: tl.constexpr):
+    """Ask for ``LINES`` cache lines of each row of weights from ``first_byte`` on, into L2."""
+    o_byte = tl.minimum(first_byte + tl.arange(0, LINES) * 128, row_bytes - 1)
+    at = ptr.to(tl.pointer_type(tl.uint8)) + o_row[:, None] * row_bytes + o_byte[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // $0", "=r,l", [at], tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -105,10 +119,10 @@ def _sum_dense(
     """
     o_k = tl.arange(0, BLOCK_K)
     o_w = o_row * depth
-    o_x = tl.arange(0, cut.TILE_ROWS) * stride_x
-    acc = tl.zeros([cut.TILE_ROWS, BLOCK_N], tl.float32)
+    o_x = tl.arange(0, _ROWS) * stride_x
+    acc = tl.zeros([_ROWS, BLOCK_N], tl.float32)
     acc_up = acc
-    squares = tl.zeros([cut.TILE_ROWS], tl.float32)
+    squares = tl.zeros([_ROWS], tl.float32)
     for i_block in range(first, last):
         k = i_block * BLOCK_K
         m_depth = (k + o_k < depth)[None, :]
@@ -126,13 +140,39 @@ def _sum_dense(
 
 
 @triton.jit
-def _absmax(scale_ptr, nested_code_ptr, nested_absmax_ptr, offset, o_block, NESTED: tl.constexpr):
-    """Scales of the blocks ``o_block``; nested ones are codes of blocks of 256 scales."""
-    scale = tl.load(scale_ptr + o_block)
+def _absmax(
+    scale_ptr,
+    nested_code_ptr,
+    nested_absmax_ptr,
+    offset_ptr,
+    o_block,
+    NESTED: tl.constexpr,
+    SUBS: tl.constexpr,
+):
+    """Scales [BLOCK_N, SUBS] from the blocks ``o_block`` [BLOCK_N] on, a multiple of ``SUBS``.
+
+    Nested ones are codes of blocks of 256 scales, which ``SUBS`` divides.
+    """
+    scale = tl.load(scale_ptr + o_block[:, None] + tl.arange(0, SUBS)[None, :])
     if NESTED:
-        outer = tl.load(nested_absmax_ptr + (o_block >> 8))
+        outer = tl.load(nested_absmax_ptr + (o_block >> 8))[:, None]
+        offset = tl.load(offset_ptr + (o_block >> 8))[:, None]
         scale = tl.load(nested_code_ptr + scale.to(tl.int32)) * outer + offset
     return scale
+
+
+@triton.jit
+def _column(scales, i: tl.constexpr, SUBS: tl.constexpr):
+    """Column ``i`` of [N, SUBS], of which a thread holds whole rows; 1, 2 or 4 of them."""
+    if SUBS == 1:
+        column = tl.reshape(scales, [scales.shape[0]])
+    else:
+        if SUBS == 4:
+            even, odd = tl.split(tl.reshape(scales, [scales.shape[0], 2, 2]))
+            scales = odd if i % 2 else even
+        first, second = tl.split(scales)
+        column = second if i * 2 // SUBS else first
+    return column
 
 
 @triton.jit
@@ -207,20 +247,27 @@ def _sum_nf4(
     ``x_ptr`` and ``norm_ptr`` are of int32, a pair of elements each.
     """
     o_pair = tl.arange(0, 32)
-    o_x = tl.arange(0, cut.TILE_ROWS) * stride_x
-    acc = tl.zeros([cut.TILE_ROWS, BLOCK_N], tl.float32)
+    o_x = tl.arange(0, _ROWS) * stride_x
+    acc = tl.zeros([_ROWS, BLOCK_N], tl.float32)
     acc_up = acc
-    squares = tl.zeros([cut.TILE_ROWS], tl.float32)
-    blocks = depth // 64
+    squares = tl.zeros([_ROWS], tl.float32)
+    SUBS: tl.constexpr = BLOCK_K // 64
+    blocks = depth // BLOCK_K * SUBS  # written so as to be seen to be a multiple of SUBS
     o_w = o_row * (blocks * 32)
-    offset = 0.0
-    if NESTED:
-        offset = tl.load(offset_ptr)
     # Stages of the loop itself make the scales be prefetched too, which no product reads.
     for i_step in tl.range(first, last, num_stages=STAGES):
-        for i_sub in tl.static_range(BLOCK_K // 64):
-            i_block = i_step * (BLOCK_K // 64) + i_sub
-            o_k = i_block * 32 + o_pair
+        o_block = o_n * blocks + i_step * SUBS
+        scales = _absmax(
+            scale_ptr, nested_code_ptr, nested_absmax_ptr, offset_ptr, o_block, NESTED, SUBS
+        )
+        scales_up = scales
+        if SWIGLU:
+            o_block = o_up * blocks + i_step * SUBS
+            scales_up = _absmax(
+                scale_ptr, nested_code_ptr, nested_absmax_ptr, offset_ptr, o_block, NESTED, SUBS
+            )
+        for i_sub in tl.static_range(SUBS):
+            o_k = (i_step * SUBS + i_sub) * 32 + o_pair
             pair = tl.load(x_ptr + o_x[:, None] + o_k[None, :], mask=m_rows[:, None], other=0)
             x_even, x_odd = _halves(pair, dtype)
             if NORM:
@@ -229,25 +276,11 @@ def _sum_nf4(
                 x_odd, squares = _weigh(x_odd, norm_odd, squares, EMULATED)
             o_codes = o_w[:, None] + o_k[None, :]
             codes = tl.load(weight_ptr + o_codes)
-            absmax = _absmax(
-                scale_ptr,
-                nested_code_ptr,
-                nested_absmax_ptr,
-                offset,
-                o_n * blocks + i_block,
-                NESTED,
-            )
+            absmax = _column(scales, i_sub, SUBS)
             acc = _sum_block(x_even, x_odd, codes, absmax, table_ptr, acc, STANDARD, EMULATED)
             if SWIGLU:
                 codes = tl.load(up_ptr + o_codes)
-                absmax = _absmax(
-                    scale_ptr,
-                    nested_code_ptr,
-                    nested_absmax_ptr,
-                    offset,
-                    o_up * blocks + i_block,
-                    NESTED,
-                )
+                absmax = _column(scales_up, i_sub, SUBS)
                 acc_up = _sum_block(
                     x_even, x_odd, codes, absmax, table_ptr, acc_up, STANDARD, EMULATED
                 )
@@ -284,7 +317,7 @@ def _linear_kernel(
     scale_ptr,  # int8: [N]; nf4: [N * K / 64]
     nested_code_ptr,  # [256]
     nested_absmax_ptr,  # [N * K / 64 / 256]
-    offset_ptr,  # [1]
+    offset_ptr,  # as nested_absmax
     table_ptr,  # [16], of the type of x
     bias_ptr,  # [N]
     residual_ptr,  # [rows, columns]
@@ -313,20 +346,32 @@ def _linear_kernel(
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
     i_row_tile = tl.program_id(0).to(tl.int64)
     i_tile = tl.program_id(1)
     i_split = tl.program_id(2)
-    o_row = tl.arange(0, cut.TILE_ROWS)
-    m_rows = i_row_tile * cut.TILE_ROWS + o_row < rows
-    x_ptr += i_row_tile * cut.TILE_ROWS * stride_x
+    o_row = tl.arange(0, _ROWS)
+    m_rows = i_row_tile * _ROWS + o_row < rows
+    x_ptr += i_row_tile * _ROWS * stride_x
     o_column = i_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     o_n = tl.minimum(o_column, columns - 1)
     start = i_tile.to(tl.int64) * BLOCK_N
     blocks = tl.cdiv(depth, BLOCK_K)
     first = blocks * i_split // SPLITS
     last = blocks * (i_split + 1) // SPLITS
+    if PDL:
+        BITS: tl.constexpr = 4 if KIND == "nf4" else weight_ptr.dtype.element_ty.primitive_bitwidth
+        BYTES: tl.constexpr = BLOCK_K * BITS // 8
+        LINES: tl.constexpr = max(STAGES * BYTES // 128, 1)
+        row_bytes = depth * BITS // 8
+        w = weight_ptr.to(tl.pointer_type(tl.uint8)) + start * row_bytes
+        _prefetch(w, o_n - i_tile * BLOCK_N, row_bytes, first * BYTES, BLOCK_N, LINES)
+        if SWIGLU:
+            w += columns.to(tl.int64) * row_bytes
+            _prefetch(w, o_n - i_tile * BLOCK_N, row_bytes, first * BYTES, BLOCK_N, LINES)
+    _wait(PDL)
 
     if KIND == "nf4":
         acc, acc_up, squares = _sum_nf4(
@@ -378,9 +423,9 @@ def _linear_kernel(
         )
 
     if SPLITS > 1:
-        SIZE: tl.constexpr = cut.TILE_ROWS * BLOCK_N
+        SIZE: tl.constexpr = _ROWS * BLOCK_N
         SUMS: tl.constexpr = SIZE * (2 if SWIGLU else 1)
-        STEP: tl.constexpr = SUMS + (cut.TILE_ROWS if NORM else 0)
+        STEP: tl.constexpr = SUMS + (_ROWS if NORM else 0)
         i_counter = i_row_tile * tl.num_programs(1) + i_tile
         o_tile = o_row[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         m_tile = m_rows[:, None] & (o_column >= 0)[None, :]
@@ -419,7 +464,7 @@ def _linear_kernel(
             acc_up, row_scale, scale_ptr, bias_ptr, columns + o_n, NORM, INT8, HAS_BIAS
         )
         acc = acc / (1.0 + tl.exp(-acc)) * acc_up
-    o_row = i_row_tile * cut.TILE_ROWS + o_row
+    o_row = i_row_tile * _ROWS + o_row
     mask = m_rows[:, None] & (o_column < columns)[None, :]
     if HAS_RESIDUAL:
         residual_ptr += o_row[:, None] * stride_residual + o_column[None, :]

@@ -27,25 +27,32 @@ class Int8Weight:
 
     def expand(self, dtype: torch.dtype) -> Tensor:
         """The weight [N, K] in ``dtype``: ``codes * scale / 127``, computed in fp32."""
-        return (self.codes.float() * (self.scale / 127.0)[:, None]).to(dtype)
+        return self.codes.float().mul_((self.scale / 127.0)[:, None]).to(dtype)
 
 
 @dataclass(frozen=True)
 class NestedScales:
     """How the absmax values of a double-quantised weight are coded.
 
-    The absmax of block i is ``table[code[i]] * absmax[i // 256] + offset``: ``table`` [256] fp32,
-    ``absmax`` [blocks / 256, rounded up] fp32, ``offset`` fp32 of one element.
+    The absmax of block i is ``table[code[i]] * absmax[i // 256] + offset[i // 256]``: ``table``
+    [256] fp32, ``absmax`` and ``offset`` [blocks / 256, rounded up] fp32. An offset of one element,
+    as bitsandbytes has it, is repeated; parts of a fused weight have their own.
     """
 
     table: Tensor
     absmax: Tensor
     offset: Tensor
 
+    def __post_init__(self) -> None:
+        if self.offset.numel() == 1:
+            repeated = self.offset.reshape(1).expand(self.absmax.shape[0]).contiguous()
+            object.__setattr__(self, "offset", repeated)
+
     def expand(self, codes: Tensor) -> Tensor:
         """Absmax values [blocks] fp32 of their ``codes`` [blocks] uint8."""
         outer = self.absmax.repeat_interleave(NESTED_BLOCK)[: codes.shape[0]]
-        return self.table[codes.int()] * outer + self.offset
+        offset = self.offset.repeat_interleave(NESTED_BLOCK)[: codes.shape[0]]
+        return self.table[codes.int()] * outer + offset
 
 
 @dataclass(frozen=True)
@@ -70,12 +77,15 @@ class Nf4Weight:
     def expand(self, dtype: torch.dtype) -> Tensor:
         """The weight [N, K] in ``dtype``: ``table[code] * absmax``, computed in fp32."""
         absmax = self.scales()
-        nibbles = torch.stack((self.codes >> 4, self.codes & 15), -1).flatten()
-        values = self.table[nibbles.int()]
+        # Both values of each byte at once: half as many indices as weights, and one fp32 copy.
+        high, low = self.table.repeat_interleave(16), self.table.repeat(16)
+        values = torch.stack((high, low), 1).index_select(0, self.codes.int()).flatten()
         total = self.shape[0] * self.shape[1]
         padding = absmax.shape[0] * NF4_BLOCK - values.shape[0]
-        blocks = torch.nn.functional.pad(values, (0, padding)).view(-1, NF4_BLOCK)
-        return (blocks * absmax[:, None]).flatten()[:total].view(self.shape).to(dtype)
+        if padding:
+            values = torch.nn.functional.pad(values, (0, padding))
+        blocks = values.view(-1, NF4_BLOCK).mul_(absmax[:, None])
+        return blocks.flatten()[:total].view(self.shape).to(dtype)
 
 
 Weight = Tensor | Int8Weight | Nf4Weight

@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
-"""What every kernel is compiled for in the tests."""
+"""What kernels are compiled for in the tests."""
+
+PDL_ARCHITECTURE = 90
+"""The first with programmatic dependent launch."""
 
 MODULES = (
     "argmax",
@@ -58,6 +61,8 @@ class Variant:
     num_warps, num_stages : int
     maxnreg : int, optional
         Registers that a thread may use, where the compiler is not to choose.
+    pdl : bool
+        Whether it is launched as a programmatic dependent, which takes sm_90 or later.
     """
 
     name: str
@@ -68,6 +73,14 @@ class Variant:
     num_warps: int = 4
     num_stages: int = 1
     maxnreg: int | None = None
+    pdl: bool = False
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """What it is compiled for."""
+        return tuple(
+            arch for arch in ARCHITECTURES if not self.pdl or int(arch[3:]) >= PDL_ARCHITECTURE
+        )
 
 
 @dataclass(frozen=True)
@@ -144,7 +157,7 @@ def all_specs() -> tuple[KernelSpec, ...]:
 
 
 def compile_spec(spec: KernelSpec, arch: str) -> list[CompiledResources]:
-    """Compile every variant of a kernel; needs no GPU.
+    """Compile every variant of a kernel that the architecture runs; needs no GPU.
 
     Parameters
     ----------
@@ -164,14 +177,17 @@ def compile_spec(spec: KernelSpec, arch: str) -> list[CompiledResources]:
     RuntimeError
         If this process runs kernels in Triton's interpreter, where nothing compiles.
     """
-    return [compile_variant(spec, variant, arch) for variant in spec.variants]
+    if re.fullmatch(r"sm_\d+", arch) is None:
+        raise ValueError(f"arch: expected 'sm_<number>' such as 'sm_90', got {arch!r}")
+    return [
+        compile_variant(spec, variant, arch)
+        for variant in spec.variants
+        if not variant.pdl or int(arch[3:]) >= PDL_ARCHITECTURE
+    ]
 
 
 def compile_variant(spec: KernelSpec, variant: Variant, arch: str) -> CompiledResources:
     """Compile one variant; see `compile_spec`."""
-    number = re.fullmatch(r"sm_(\d+)", arch)
-    if number is None:
-        raise ValueError(f"arch: expected 'sm_<number>' such as 'sm_90', got {arch!r}")
     if not hasattr(spec.kernel, "cache_key"):
         raise RuntimeError("kernels compile only in a process without TRITON_INTERPRET=1")
 
@@ -190,9 +206,10 @@ def compile_variant(spec: KernelSpec, variant: Variant, arch: str) -> CompiledRe
         "num_warps": variant.num_warps,
         "num_stages": variant.num_stages,
         "maxnreg": variant.maxnreg,
+        "launch_pdl": variant.pdl,
         "enable_fp_fusion": FP_FUSION,
     }
-    target = GPUTarget("cuda", int(number[1]), 32)
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     compiled = triton.compile(source, target=target, options=options)
     cubin: bytes = compiled.asm["cubin"]
     usage = resource_usage(cubin)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import functional
 from .checks import check_tensor, dtype_name
-from .device import EMULATED, _round
+from .device import EMULATED, _round, _wait
 from .registry import FP_FUSION, KernelSpec, Variant
 
 HEAD_DIM_MAX = 512
@@ -57,8 +57,10 @@ def _rope_append_kernel(
     HAS_NORM: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
+    _wait(PDL)
     HALF: tl.constexpr = HEAD_DIM // 2
     i_row = tl.program_id(0).to(tl.int64)
     position = tl.load(positions_ptr + i_row)
@@ -124,6 +126,7 @@ def rope_append_out(
     out: Tensor,
     head_norm: Tensor | None = None,
     eps: float = 0.0,
+    pdl: bool = False,
 ) -> None:
     """Launch `rope_append` on arguments that it would accept; nothing else.
 
@@ -134,6 +137,8 @@ def rope_append_out(
     ----------
     qkv, table, positions, slots, cache, out, head_norm, eps
         As in `rope_append`.
+    pdl : bool
+        Programmatic dependent launch: from compute capability 9.0 on.
     """
     rows, total, head_dim = qkv.shape
     if rows == 0:
@@ -160,8 +165,10 @@ def rope_append_out(
         HAS_NORM=head_norm is not None,
         BLOCK_H=config.block_h,
         BLOCK_D=config.block_d,
+        PDL=pdl,
         EMULATED=EMULATED,
         num_warps=config.num_warps,
+        launch_pdl=pdl,
         enable_fp_fusion=FP_FUSION,
     )
 
@@ -252,15 +259,18 @@ def rope_append(
     return out
 
 
-def _variant(dtype: str, heads: int, kv_heads: int, head_dim: int, *, norm: bool) -> Variant:
+def _variant(
+    dtype: str, heads: int, kv_heads: int, head_dim: int, *, norm: bool, pdl: bool = False
+) -> Variant:
     """What `rope_append_out` would launch."""
     config = _select_config(head_dim)
     floats = ("qkv_ptr", "table_ptr", "out_ptr", "cache_ptr", *(("weight_ptr",) if norm else ()))
     signature = {n: f"*{dtype}" for n in floats}
     signature |= {"positions_ptr": "*i64", "slots_ptr": "*i64", "eps": "fp32"}
     signature |= {n: "i32" for n in ("stride_qkv", "stride_slot", "stride_position", "width")}
+    suffix = f"{'-norm' if norm else ''}{'-pdl' if pdl else ''}"
     return Variant(
-        name=f"{dtype}-H{heads}-{kv_heads}-D{head_dim}{'-norm' if norm else ''}",
+        name=f"{dtype}-H{heads}-{kv_heads}-D{head_dim}{suffix}",
         signature=signature,
         constexprs={
             **({} if norm else {"weight_ptr": None}),
@@ -270,8 +280,10 @@ def _variant(dtype: str, heads: int, kv_heads: int, head_dim: int, *, norm: bool
             "HAS_NORM": norm,
             "BLOCK_H": config.block_h,
             "BLOCK_D": config.block_d,
+            "PDL": pdl,
             "EMULATED": False,
         },
+        pdl=pdl,
         divisible=frozenset(signature) - {"eps", "width"},
         num_warps=config.num_warps,
     )
@@ -288,6 +300,7 @@ SPECS = (
             _variant("bf16", 16, 8, 128, norm=True),
             _variant("fp32", 16, 8, 64, norm=True),
             _variant("bf16", 4, 2, 80, norm=False),
+            _variant("bf16", 32, 8, 64, norm=False, pdl=True),
         ),
         max_registers=128,
         max_shared_bytes=4096,

@@ -201,7 +201,7 @@ def compile_kernels() -> Iterator[dict[str, Any]]:
         (spec, variant, arch)
         for spec in registry.all_specs()
         for variant in spec.variants
-        for arch in registry.ARCHITECTURES
+        for arch in variant.architectures
     ]
     yield {"total": len(jobs)}
     for spec, variant, arch in jobs:

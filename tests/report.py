@@ -29,12 +29,16 @@ PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "numpy", "pytest"
 
 @dataclass(frozen=True)
 class Suite:
-    """One command; ``pytest`` ones are counted from their JUnit report."""
+    """One command; ``pytest`` ones are counted from their JUnit report.
+
+    ``lowest`` ones run with the oldest Triton, where the Makefile has put it.
+    """
 
     name: str
     arguments: tuple[str, ...]
     pytest: bool = False
     interpreted: bool = False
+    lowest: bool = False
 
 
 SUITES = (
@@ -43,6 +47,7 @@ SUITES = (
     Suite("mypy", ("mypy",)),
     Suite("interpreter", ("pytest", "-m", "interpreter"), pytest=True, interpreted=True),
     Suite("tests", ("pytest", "-m", "not interpreter"), pytest=True),
+    Suite("triton-lowest", ("pytest", "tests/aot"), pytest=True, lowest=True),
 )
 
 
@@ -62,6 +67,8 @@ def run_suite(suite: Suite, workers: int) -> dict[str, Any]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     if suite.interpreted:
         environment["TRITON_INTERPRET"] = "1"
+    if suite.lowest:
+        environment["PYTHONPATH"] = str(Path(sys.prefix) / "triton-lowest")
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
         arguments = [*suite.arguments]

@@ -28,12 +28,14 @@ __all__ = [
     "FusedLayers",
     "Parameters",
     "can_fuse",
+    "can_launch_early",
     "fused_product",
+    "row_slices",
 ]
 
 LAUNCHES_PER_LAYER = 6
 ROWS_MAX = 136
-"""Most rows of a forward: a verification of eight sequences at 17 rows each."""
+"""Most rows of a launch: a verification of eight sequences at 17 rows each."""
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -98,6 +100,17 @@ def fused_product(
     )
 
 
+def row_slices(batch: int, width: int = 1) -> list[slice]:
+    """Sequences of ``width`` rows, cut into slices of at most `ROWS_MAX` rows."""
+    count = max(ROWS_MAX // max(width, 1), 1)
+    return [slice(i, min(i + count, batch)) for i in range(0, batch, count)]
+
+
+def can_launch_early(device: torch.device) -> bool:
+    """Whether the device has programmatic dependent launch."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def row_operations(device: torch.device) -> tuple[Callable[..., object], Callable[..., object]]:
     """`rope_append` and `attention`: their launchers on a GPU, where nothing is checked."""
     from speckv.kernels import attention, rope_append  # these need triton
@@ -116,9 +129,15 @@ class FusedLayers:
     ----------
     config : DecoderConfig
     layers : sequence of FusedLayer
+
+    Attributes
+    ----------
+    pdl : bool
+        Whether kernels are launched as programmatic dependents; off at first.
     """
 
     def __init__(self, config: DecoderConfig, layers: Sequence[FusedLayer]) -> None:
+        self.pdl = False
         self._config, self._layers = config, list(layers)
         self._scratch: dict[tuple[int, int, int], object] = {}
 
@@ -152,9 +171,11 @@ class FusedLayers:
         middle = torch.empty_like(x)
         wide = x.new_empty(rows, c.intermediate)
         blocks = queries.view(attended.shape)
-        scratch = None if x.device.type == "cpu" else self._attention_scratch(attended, cache)
+        on_host = x.device.type == "cpu"
+        scratch = None if on_host else self._attention_scratch(attended, cache)
+        early = {"pdl": True} if self.pdl else {}
         for layer, kv in zip(self._layers, cache.kv, strict=True):
-            layer.qkv(x, out=qkv.view(rows, -1))
+            layer.qkv(x, out=qkv.view(rows, -1), pdl=self.pdl)
             rope(
                 qkv,
                 table,
@@ -164,11 +185,21 @@ class FusedLayers:
                 out=queries,
                 head_norm=layer.head_norm,
                 eps=c.eps,
+                **early,
             )
-            attend(blocks, kv, positions, slots, out=attended, window=layer.window, scratch=scratch)
-            layer.out(attended.view(rows, -1), x, out=middle)
-            layer.gate_up(middle, out=wide)
-            layer.down(wide, middle, out=x)
+            attend(
+                blocks,
+                kv,
+                positions,
+                slots,
+                out=attended,
+                window=layer.window,
+                scratch=scratch,
+                **early,
+            )
+            layer.out(attended.view(rows, -1), x, out=middle, pdl=self.pdl)
+            layer.gate_up(middle, out=wide, pdl=self.pdl)
+            layer.down(wide, middle, out=x, pdl=self.pdl)
         return x
 
     def _attention_scratch(self, attended: Tensor, cache: KVCache) -> object:

@@ -13,7 +13,7 @@ from speckv.kernels.cpu import ProvenRows, common_counts, round_up_rows
 from speckv.kernels.cpu_attention import AttentionPiece, CpuAttention, round_up_context
 from speckv.models.cache import KVCache, host_positions, host_slots
 from speckv.models.config import DecoderConfig
-from speckv.models.fused import ROWS_MAX, FusedLayers
+from speckv.models.fused import ROWS_MAX, FusedLayers, can_launch_early, row_slices
 from speckv.models.quantize import FLOAT_NAMES
 from speckv.models.weights import DecoderWeights, TensorSource, build_weights
 
@@ -27,9 +27,11 @@ class LlamaDecoder:
 
     On the CPU every row has the same bits at any width, offset, batch, slot and cache capacity, in
     decoding and in prefill (:mod:`speckv.kernels.cpu`). On CUDA a forward never synchronises with
-    the host when ``start``, ``slots`` and ``select`` are tensors there. In fp16 and bf16 up to 136
-    rows run in six kernels a layer (:mod:`speckv.models.fused`), whose bits do not depend on the
-    other rows either; more rows, as in prefill, and fp32 run in PyTorch's.
+    the host when ``start``, ``slots`` and ``select`` are tensors there. In fp16 and bf16 blocks of
+    up to 136 positions run in six kernels a layer (:mod:`speckv.models.fused`), whose bits do not
+    depend on the other rows either; as many whole sequences as have 136 rows at a time. Longer
+    blocks, as in prefill, and what `fused.can_fuse` refuses, run in PyTorch's operations, whose
+    bits do depend on them (`width_invariant`).
 
     Parameters
     ----------
@@ -73,6 +75,31 @@ class LlamaDecoder:
             )
             self._plan_rows()
 
+    @property
+    def pdl(self) -> bool:
+        """Whether the kernels of a forward are programmatic dependents of each other.
+
+        Each then starts, and asks for its weights, while the one before it ends (compute capability
+        9.0 and later). It changes no result. Graphs that are captured keep what they were captured
+        with.
+        """
+        return self._fused is not None and self._fused.pdl
+
+    @pdl.setter
+    def pdl(self, on: bool) -> None:
+        if on and not (self._fused is not None and can_launch_early(self.device)):
+            raise ValueError(
+                "pdl: expected fused layers on a GPU of compute capability 9.0 or later, "
+                f"got {self.name} on {self.device}"
+            )
+        if self._fused is not None:
+            self._fused.pdl = bool(on)
+
+    @property
+    def width_invariant(self) -> bool:
+        """Whether the bits of a row of up to 136 depend on no other row: needed to be lossless."""
+        return self._on_host or self._fused is not None
+
     @classmethod
     def from_tensors(
         cls,
@@ -84,6 +111,7 @@ class LlamaDecoder:
         dtype: torch.dtype,
         device: torch.device,
         invariant: bool | None = None,
+        stored: bool = False,
         advance: Callable[[], None] | None = None,
     ) -> LlamaDecoder:
         """Build a decoder from a checkpoint's tensors; see ``build_weights`` for the parameters."""
@@ -94,6 +122,7 @@ class LlamaDecoder:
             dtype=dtype,
             device=device,
             invariant=invariant,
+            stored=stored,
             advance=advance,
         )
         return cls(config, weights, name=name, compression=compression)
@@ -258,9 +287,12 @@ class LlamaDecoder:
                 ids = torch.cat((ids, ids.new_zeros(padding)))
         else:
             step = _DeviceStep(self.config.heads, cache, start, slots, (batch, width), context)
-            if self._fused is not None and batch * width <= ROWS_MAX:
+            if self._fused is not None and width <= ROWS_MAX:
                 x = self._weights.embedding.index_select(0, ids)
-                return self._fused(x, self._table, step.blocks, step.slots, cache)
+                for part in row_slices(batch, width):
+                    own = x[part.start * width : part.stop * width]
+                    self._fused(own, self._table, step.blocks[part], step.slots[part], cache)
+                return x
         positions = step.positions(ids.shape[0])
         c, rows = self.config, ids.shape[0]
         rotated = c.heads + c.kv_heads
@@ -276,10 +308,11 @@ class LlamaDecoder:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         head = self._weights.fused_head
-        if head is None or hidden.shape[0] > ROWS_MAX:
+        if head is None:
             return self._weights.head(self._weights.norm(hidden))
         logits = hidden.new_empty(hidden.shape[0], self.vocab_size)
-        head(hidden, out=logits)
+        for rows in row_slices(hidden.shape[0]):
+            head(hidden[rows], out=logits[rows], pdl=self.pdl)
         return logits
 
     def _reach(self, rows: int) -> None:

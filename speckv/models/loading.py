@@ -20,6 +20,7 @@ from speckv.models.gguf import load_gguf
 from speckv.models.llama import LlamaDecoder
 from speckv.models.progress import SlowProgress, without_transformers_bars
 from speckv.models.quantize import FLOAT_NAMES, resolve_formats
+from speckv.models.stored import stored_compression
 from speckv.models.weights import TensorSource
 
 if TYPE_CHECKING:
@@ -53,10 +54,11 @@ def load_model(
     ----------
     source : str or Path, optional
         A Hugging Face hub id, a local folder, a ``.gguf`` file, or ``smollm2``, which is the
-        default.
+        default. A checkpoint that transformers and bitsandbytes have quantised (int8, or nf4 with
+        or without double quantisation) is read as it is.
     compression : str, optional
-        Weight format: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``nf4``. By default that of
-        ``dtype``, else fp32 on the CPU and bf16 elsewhere.
+        Weight format: ``fp32``, ``fp16``, ``bf16``, ``int8`` or ``nf4``. By default that of a
+        quantised checkpoint, else that of ``dtype``, else fp32 on the CPU and bf16 elsewhere.
     dtype : torch.dtype or str, optional
         Type of activations and KV cache; see :func:`speckv.models.quantize.resolve_formats`.
     device : torch.device or str, optional
@@ -86,7 +88,11 @@ def load_model(
     folder, shown = _locate(name, progress)
     with _readable(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    return _load_folder(folder, shown, formats, place, progress), tokenizer
+    config = _folder_config(folder, shown)
+    stored = stored_compression(config, shown)
+    if stored is not None:
+        formats = _stored_formats(shown, stored, compression, dtype, place)
+    return _load_folder(folder, shown, config, formats, place, progress), tokenizer
 
 
 def open_checkpoint(
@@ -106,6 +112,7 @@ def open_checkpoint(
     else:
         folder, _ = _locate(name, progress)
         config = _folder_config(folder, name)
+        _refuse_stored(config, name)
         DecoderConfig.from_transformers(config)
         if list(folder.glob("*.safetensors")):
             with _readable(folder):
@@ -133,6 +140,9 @@ def wrap_model(
     place = _device(device)
     formats = _formats(compression, dtype, place)
     shown = name or str(model.config.name_or_path) or type(model).__name__
+    stored = stored_compression(model.config, shown)
+    if stored is not None:
+        formats = _stored_formats(shown, stored, compression, dtype, place)
     return _wrap(model, shown, formats, place, progress, owned=False)
 
 
@@ -149,6 +159,7 @@ def _wrap(
         return _decoder(model.config, model.state_dict(), name, formats, device, progress)
     from speckv.models.adapter import TransformersAdapter
 
+    _refuse_stored(model.config, name)
     with SlowProgress(f"Loading {name}", enabled=progress):
         return TransformersAdapter(
             model, name=name, compression=formats[0], dtype=formats[1], device=device, owned=owned
@@ -182,6 +193,20 @@ def _formats(
             else FLOAT_NAMES.get(dtype, default)
         )
     return resolve_formats(compression, dtype, device)
+
+
+def _stored_formats(
+    name: str,
+    stored: str,
+    compression: str | None,
+    dtype: torch.dtype | str | None,
+    device: torch.device,
+) -> tuple[str, torch.dtype]:
+    if compression not in (None, stored):
+        raise ValueError(
+            f"compression: {name} is quantised already, to {stored!r}, got {compression!r}"
+        )
+    return resolve_formats(stored, dtype, device)
 
 
 def _locate(name: str, progress: bool) -> tuple[Path, str]:
@@ -238,17 +263,27 @@ def _download(name: str) -> Path:
 def _load_folder(
     folder: Path,
     name: str,
+    config: Any,
     formats: tuple[str, torch.dtype],
     device: torch.device,
     progress: bool,
 ) -> CausalModel:
-    config = _folder_config(folder, name)
     if config.model_type in LLAMA_FAMILY and list(folder.glob("*.safetensors")):
         with _readable(folder):
             source = _SafetensorsFolder(folder)
             return _decoder(config, source, name, formats, device, progress)
+    _refuse_stored(config, name)
     model = _read_folder(folder, name, progress)
     return _wrap(model, name, formats, device, progress, owned=True)
+
+
+def _refuse_stored(config: Any, name: str) -> None:
+    """Refuse a quantised checkpoint where its tensors must be plain."""
+    if stored_compression(config, name) is not None:
+        raise ModelError(
+            f"{name} is already quantised, which only Llama-family targets in safetensors may be; "
+            "load the original checkpoint and choose compression int8 or nf4 instead"
+        )
 
 
 def _read_folder(folder: Path, name: str, progress: bool) -> Any:
@@ -279,11 +314,6 @@ def _folder_config(folder: Path, name: str) -> Any:
             config.eos_token_id = json.loads(generation.read_text()).get(
                 "eos_token_id", config.eos_token_id
             )
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"{name} is already quantised; load the original checkpoint and choose "
-            "compression int8 or nf4 instead"
-        )
     return config
 
 
@@ -305,6 +335,7 @@ def _decoder(
             compression=formats[0],
             dtype=formats[1],
             device=device,
+            stored=stored_compression(config, name) is not None,
             advance=bar.advance,
         )
 

@@ -3,8 +3,10 @@
 Compression is weight-only and row- or block-wise, so it depends on nothing but the weight: int8 is
 bitsandbytes' row-wise format (codes CB int8 and absolute row maxima SCB, a weight being
 ``CB * SCB / 127``), nf4 its 4-bit NormalFloat format (Dettmers et al., QLoRA, 2023) in blocks of
-64 without double quantisation. Only the linear layers of the decoder blocks are compressed;
-embeddings, norms and the head stay in the activation type, as in transformers.
+64 without double quantisation. A checkpoint that bitsandbytes has quantised already is read as it
+is, doubly quantised or not (:mod:`speckv.models.stored`). Only the linear layers of the decoder
+blocks are compressed; embeddings, norms and the head stay in the activation type, as in
+transformers.
 
 On the CPU a compressed weight is expanded once, at load, and runs dense: the numerics are those of
 the compressed model, the memory is not saved. On CUDA it stays packed and is expanded per call.
@@ -22,7 +24,14 @@ import torch
 from torch import Tensor
 
 from speckv.errors import ModelError
-from speckv.kernels.packed import NF4_BLOCK, Int8Weight, Nf4Weight, Weight
+from speckv.kernels.packed import (
+    NESTED_BLOCK,
+    NF4_BLOCK,
+    Int8Weight,
+    NestedScales,
+    Nf4Weight,
+    Weight,
+)
 from speckv.models.base import COMPRESSIONS
 
 __all__ = ["FLOAT_NAMES", "Int8Weight", "Nf4Weight", "compress", "fuse", "resolve_formats"]
@@ -111,13 +120,20 @@ def compress(weight: Tensor, compression: str, dtype: torch.dtype) -> Weight:
 def fuse(parts: Sequence[Weight]) -> Weight:
     """Stack the rows of several weights of one format, each keeping its own codes.
 
-    Absmax values of nf4 that are themselves coded are written out in fp32.
+    Absmax values of nf4 that are themselves coded stay so, if each part fills its blocks of them,
+    and are written out in fp32 otherwise.
 
     Raises
     ------
     ValueError
-        If an nf4 part does not fill its last block, so that blocks would straddle parts.
+        If an nf4 part does not fill its last block, so that blocks would straddle parts, or if the
+        parts are of several formats or have other codes.
     """
+    if len({type(part) for part in parts}) > 1:
+        raise ValueError(
+            "weight: expected parts of one format to be fused, got "
+            + ", ".join(type(part).__name__ for part in parts)
+        )
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -136,11 +152,31 @@ def fuse(parts: Sequence[Weight]) -> Weight:
                 f"weight: nf4 needs a multiple of {NF4_BLOCK} elements to be fused, "
                 f"got {part.shape[0]} x {columns}"
             )
+        if not torch.equal(part.table, blocks[0].table):
+            raise ValueError("weight: expected nf4 parts of one code table to be fused")
+    nested = _fuse_nested(blocks)
     return Nf4Weight(
         torch.cat([part.codes for part in blocks]),
-        torch.cat([part.scales() for part in blocks]),
+        torch.cat([part.scales() if nested is None else part.absmax for part in blocks]),
         first.table,
         (sum(part.shape[0] for part in blocks), columns),
+        nested,
+    )
+
+
+def _fuse_nested(parts: Sequence[Nf4Weight]) -> NestedScales | None:
+    """The stacked scales' scales, if all parts have them, in whole blocks and with one table."""
+    scales = [part.nested for part in parts if part.nested is not None]
+    if len(scales) < len(parts):
+        return None
+    if any(part.absmax.shape[0] % NESTED_BLOCK for part in parts):
+        return None
+    if not all(torch.equal(each.table, scales[0].table) for each in scales):
+        return None
+    return NestedScales(
+        scales[0].table,
+        torch.cat([each.absmax for each in scales]),
+        torch.cat([each.offset for each in scales]),
     )
 
 

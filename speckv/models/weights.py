@@ -13,9 +13,11 @@ from torch import Tensor
 
 from speckv.errors import ModelError
 from speckv.kernels import cpu, functional
+from speckv.kernels.packed import Weight
 from speckv.models.config import DecoderConfig
 from speckv.models.fused import FusedLayer, Parameters, can_fuse, fused_product
-from speckv.models.quantize import Int8Weight, Nf4Weight, compress, fuse
+from speckv.models.quantize import FLOAT_NAMES, Int8Weight, Nf4Weight, compress, fuse
+from speckv.models.stored import is_stored, read_stored
 
 if TYPE_CHECKING:
     from speckv.kernels import Linear
@@ -111,6 +113,7 @@ class _Builder:
     dtype: torch.dtype
     device: torch.device
     invariant: bool
+    stored: bool = False
     samples: dict[str, str] = field(default_factory=dict)
 
     def tensor(self, name: str, *shape: int) -> Tensor:
@@ -121,17 +124,31 @@ class _Builder:
             raise ModelError(
                 f"the checkpoint's tensor {name!r} has shape {tuple(found.shape)}, expected {shape}"
             )
-        self.samples[name] = _sample_digest(found)
+        if not found.is_floating_point():
+            raise ModelError(
+                f"the checkpoint's tensor {name!r} is quantised ({found.dtype}), which only the "
+                "linear layers of the decoder blocks may be"
+            )
+        self.sample(name, found)
         return found.to(self.device)
+
+    def sample(self, name: str, found: Tensor) -> None:
+        self.samples[name] = _sample_digest(found)
+
+    def weight(self, name: str, rows: int, columns: int) -> Weight:
+        """A linear weight, compressed unless the checkpoint has it so."""
+        if is_stored(self.source, name):
+            return read_stored(self.source, name, (rows, columns), self.device, self.sample)
+        found = self.tensor(f"{name}.weight", rows, columns)
+        # Of a quantised checkpoint, what it leaves as it is stays so.
+        compression = FLOAT_NAMES[self.dtype] if self.stored else self.compression
+        return compress(found, compression, self.dtype)
 
     def parameters(
         self, names: Sequence[str], rows: Sequence[int], columns: int, *, bias: bool
     ) -> Parameters:
         """Linear layers of the checkpoint, compressed and stacked."""
-        parts = [
-            compress(self.tensor(f"{name}.weight", count, columns), self.compression, self.dtype)
-            for name, count in zip(names, rows, strict=True)
-        ]
+        parts = [self.weight(name, count, columns) for name, count in zip(names, rows, strict=True)]
         shift = None
         if bias:
             shift = torch.cat(
@@ -305,6 +322,7 @@ def build_weights(
     device: torch.device,
     invariant: bool | None = None,
     embedding: Tensor | None = None,
+    stored: bool = False,
     advance: Callable[[], None] | None = None,
 ) -> DecoderWeights:
     """Fuse, compress and place the weights of a checkpoint, layer by layer.
@@ -324,6 +342,8 @@ def build_weights(
         CPU. Otherwise they are plain torch, and packed weights stay packed.
     embedding : Tensor [ids, hidden], optional
         Another model's embedding to share, of type ``dtype``; ``source`` then needs none.
+    stored : bool
+        Whether the checkpoint is quantised already; its plain weights then stay plain.
     advance : callable, optional
         Called once a layer, and once for the head.
 
@@ -334,7 +354,7 @@ def build_weights(
     """
     if invariant is None:
         invariant = device.type == "cpu"
-    build = _Builder(config, source, compression, dtype, device, invariant)
+    build = _Builder(config, source, compression, dtype, device, invariant, stored)
     if embedding is None:
         embedding = build.tensor("model.embed_tokens.weight", config.vocab_size, config.hidden)
         embedding = embedding.to(dtype)

@@ -16,7 +16,7 @@ CASES = [
     pytest.param(spec, variant, arch, id=f"{spec.name}-{variant.name}-{arch}")
     for spec in registry.all_specs()
     for variant in spec.variants
-    for arch in registry.ARCHITECTURES
+    for arch in variant.architectures
 ]
 
 

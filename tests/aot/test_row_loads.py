@@ -23,7 +23,7 @@ CASES = [
     for spec in registry.all_specs()
     for variant in spec.variants
     if variant.name in NAMES.get(spec.name, ())
-    for arch in registry.ARCHITECTURES
+    for arch in variant.architectures
 ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -91,7 +91,7 @@ def test_the_kernel_equals_softmax(width: int, dtype: torch.dtype) -> None:
     assert_close(case.launch(), case.expected(), dtype)
 
 
-@pytest.mark.parametrize("starts", [[0], [63], [64], [255], [256], [580]])
+@pytest.mark.parametrize("starts", [[0], [63], [64], [126], [127], [128], [580]])
 def test_the_ends_of_blocks_and_chunks(starts: list[int]) -> None:
     case = Case.make(starts, 2)
     assert_close(case.launch(), case.expected(), torch.bfloat16)
@@ -111,12 +111,39 @@ def test_windows(window: int) -> None:
     assert_close(case.launch(), case.expected(), torch.bfloat16)
 
 
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """38 chunks in a cache: more than a group of the merge has."""
+    config = attention_module.Config(chunk=16, block=16)
+    monkeypatch.setattr(attention_module, "_select_config", lambda head_dim: config)
+
+
+@pytest.mark.parametrize("window", [None, 100, 550])
+def test_more_chunks_than_are_merged_at_once(window: int | None, small_chunks: None) -> None:
+    for starts in ([254, 583], [510]):
+        case = Case.make(starts, 4, heads=2, kv_heads=1, window=window)
+        assert_close(case.launch(), case.expected(), torch.bfloat16)
+
+
+@pytest.mark.parametrize("window", [None, 100, 500])
+def test_bits_beside_rows_of_another_group_of_chunks(
+    window: int | None, small_chunks: None
+) -> None:
+    """Rows around position 512, where the merge's second group begins."""
+    case = Case.make([504, 17], 16, heads=2, kv_heads=1, window=window)
+    check_rows_alone(case, (1, 3, 8))
+
+
 @pytest.mark.parametrize("window", [None, 300])
 def test_the_bits_of_a_row_do_not_depend_on_the_others(window: int | None) -> None:
-    """Rows on both sides of a chunk's end, at every width, alone and in a batch."""
-    case = Case.make([248, 17], 16, window=window)
+    """Rows on both sides of a chunk's end."""
+    check_rows_alone(Case.make([248, 17], 16, window=window), range(1, 17))
+
+
+def check_rows_alone(case: Case, widths: Iterable[int]) -> None:
+    """Rows of the first sequence have the same bits at any width, alone and in a batch."""
     together = case.launch()
-    for width in range(1, 17):
+    for width in widths:
         first = (5 * width) % (17 - width)
         rows = slice(first, first + width)
         part = replace(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from speckv import kernels
-from speckv.kernels.linear_config import Config, Scratch, _select_config
+from speckv.kernels.linear_config import Config, Scratch, _resident, _select_config, _shared_bytes
 from speckv.kernels.nf4_lookup import NF4_TABLE
 from speckv.kernels.packed import Int8Weight, NestedScales, Nf4Weight, Weight
 from tests.kernels.cases import WORD, guarded
@@ -61,10 +61,10 @@ class Case:
                 size = (count // 64,)
                 absmax = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
                 outer = random(-(-count // 64 // 256)).abs() / depth**0.5
-                nested = NestedScales(random(256), outer, random(1)[0] / depth**0.5)
+                nested = NestedScales(random(256), outer, random(outer.shape[0]) / depth**0.5)
                 scales = torch.stack(
                     [
-                        nested.table[int(code)] * outer[i // 256] + nested.offset
+                        nested.table[int(code)] * outer[i // 256] + nested.offset[i // 256]
                         for i, code in enumerate(absmax)
                     ]
                 )
@@ -342,10 +342,31 @@ def test_configs_are_whole(kind: str, capability: tuple[int, int]) -> None:
 def test_configs_fill_the_multiprocessors() -> None:
     assert _select_config(2048, 8192, (9, 0), "dense").splits == 8
     assert _select_config(2048, 2048, (9, 0), "nf4").splits == 4
+    assert _select_config(6144, 4096, (9, 0), "dense").splits == 4  # three on each: one wave
+    assert _select_config(6144, 4096, (9, 0), "dense", multiprocessors=114).splits == 2
     assert _select_config(128_256, 2048, (9, 0), "dense").splits == 1
     assert _select_config(8192, 2048, (9, 0), "dense", swiglu=True) == Config(
         block_n=32, block_k=128, splits=1, maxnreg=128
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "swiglu", "shared", "programs"),
+    [
+        ("dense", False, 61_440, {(8, 0): 2, (9, 0): 3, (8, 6): 1}),
+        ("dense", True, 61_440, {(8, 0): 2, (9, 0): 3, (8, 6): 1}),
+        ("int8", False, 36_864, {(8, 0): 4, (9, 0): 4, (8, 6): 2}),
+        ("nf4", False, 52_224, {(8, 0): 3, (9, 0): 3, (8, 6): 1}),
+        ("nf4", True, 39_936, {(8, 0): 3, (9, 0): 3, (8, 6): 2}),
+    ],
+)
+def test_programs_that_are_resident(
+    kind: str, swiglu: bool, shared: int, programs: dict[tuple[int, int], int]
+) -> None:
+    """As many as shared memory holds, and registers: 4 of 128 a thread, 3 of 144."""
+    config = _select_config(8192, 2048, (9, 0), kind, swiglu)
+    assert _shared_bytes(config, kind, swiglu) == shared
+    assert {c: _resident(config, kind, swiglu, c) for c in programs} == programs
 
 
 def weights() -> dict[str, Weight]:

@@ -125,7 +125,7 @@ def test_logits_are_those_of_transformers(name: str, dtype: torch.dtype, tokens:
 
 
 @pytest.mark.parametrize("compression", ["int8", "nf4"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
 def test_packed_weights_are_what_they_stand_for(
     name: str, compression: str, tokens: Tensor
 ) -> None:
@@ -197,7 +197,7 @@ def test_what_the_kernels_do_not_take(
 
     source = seeded(lambda: LlamaForCausalLM(LlamaConfig(**{**SIZES, **change})))
     model = build("llama", compression, dtype, model=source)
-    assert model._fused is None
+    assert model._fused is None and not model.width_invariant
     assert logits_of(model, tokens).isfinite().all()
 
 
@@ -232,7 +232,10 @@ class Interpreted:
             table=table,
         )
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None, *, out: Tensor) -> None:
+    def __call__(
+        self, x: Tensor, residual: Tensor | None = None, *, out: Tensor, pdl: bool = False
+    ) -> None:
+        assert not pdl
         self._launch(x, out=out, residual=residual)
 
 
@@ -263,6 +266,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         *((name, "bf16") for name in FAMILY),
         ("llama", "fp16"),
         ("llama", "int8"),
+        ("qwen2", "int8"),
+        ("qwen2", "nf4"),
         ("qwen3", "nf4"),
     ],
 )
@@ -298,6 +303,79 @@ def test_the_bits_of_a_row_do_not_depend_on_the_width(
     cache = model.new_cache(2, 32)
     both = model.forward(torch.stack((tokens[100:112], text)), [0, 0], cache)
     assert torch.equal(both[1], alone)
+
+
+@pytest.mark.interpreter
+def test_nine_sequences_of_sixteen_rows_take_the_kernels(
+    tokens: Tensor, interpreted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """144 rows are two launches' worth, and have the bits that each sequence has alone."""
+    model = build("qwen2", "bf16")
+    model = model.first_layers(1)
+    blocks = tokens[: 9 * 16].view(9, 16)
+    starts = torch.arange(9) % 3
+    cache = model.new_cache(9, 32)
+    for i, layer in enumerate(cache.kv):
+        layer.normal_(generator=torch.Generator().manual_seed(i))
+    kept = [layer.clone() for layer in cache.kv]
+
+    def unfused(*_: object) -> Tensor:
+        raise AssertionError("operations of PyTorch, whose bits depend on the number of rows")
+
+    monkeypatch.setattr(model._weights, "head", unfused)
+    monkeypatch.setattr(model._weights.layers[0], "qkv", unfused)
+    together = model.forward(blocks, starts, cache)
+    filled = [layer.clone() for layer in cache.kv]
+    assert together.shape == (9, 16, VOCAB)
+    for layer, before in zip(cache.kv, kept, strict=True):
+        layer.copy_(before)
+    for row in (0, 7, 8):
+        one = [starts[row : row + 1], cache]
+        alone = model.forward(blocks[row : row + 1], *one, slots=torch.tensor([row]))
+        assert torch.equal(alone[0], together[row])
+        for layer, after in zip(cache.kv, filled, strict=True):
+            assert torch.equal(layer[row], after[row])
+
+
+def test_slices_hold_whole_sequences() -> None:
+    def sizes(batch: int, width: int) -> list[int]:
+        slices = fused.row_slices(batch, width)
+        assert [i for part in slices for i in range(batch)[part]] == list(range(batch))
+        return [part.stop - part.start for part in slices]
+
+    assert sizes(8, 17) == [8] and sizes(9, 16) == [8, 1] and sizes(9, 17) == [8, 1]
+    assert sizes(300, 1) == [136, 136, 28] and sizes(3, 100) == [1, 1, 1]
+    assert sizes(2, 136) == [1, 1] and sizes(0, 5) == []
+
+
+def test_early_launches_need_a_gpu_that_has_them() -> None:
+    model = build("llama", "bf16")
+    assert model.width_invariant and not model.pdl
+    model.pdl = False
+    with pytest.raises(ValueError, match="pdl: expected fused layers on a GPU of compute capab"):
+        model.pdl = True
+
+
+def test_early_launches_reach_every_kernel(tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that has them, of which only the launches are recorded."""
+    calls: list[str] = []
+
+    def recorded(name: str) -> Callable[..., None]:
+        def call(*_: object, pdl: bool, **__: object) -> None:
+            calls.append(f"{name} {pdl}")
+
+        return call
+
+    model, other = build("llama", "bf16"), build("llama", "bf16").first_layers(1)
+    monkeypatch.setattr("speckv.models.llama.can_launch_early", lambda device: True)
+    operations = recorded("rope"), recorded("attention")
+    monkeypatch.setattr(fused, "row_operations", lambda device: operations)
+    monkeypatch.setattr(speckv.kernels.Linear, "__call__", recorded("linear"))
+    model.pdl = True
+    assert model.pdl and not other.pdl
+    model.forward(tokens[None, :5], [0], model.new_cache(1, 64))
+    layer = ["linear True", "rope True", "attention True", *["linear True"] * 3]
+    assert calls == [*layer * 2, "linear True"]
 
 
 def test_products_of_a_decoder_share_the_largest_scratch() -> None:
