@@ -214,18 +214,19 @@ def _draft(
     return gamma
 
 
-class Oracle:
-    """Knows what will be accepted and takes the least time: the ceiling of every policy.
+class Planned:
+    """Takes γ from a table.
 
-    γ at each place is that of the shortest path through the answer, by dynamic programming from
-    its end: ``T(i) = min over γ of cost(γ) + T(i + min(γ, accepted_i) + 1)``. Where plain steps
-    leave the draft to catch up, each is charged for its token at once.
+    Parameters
+    ----------
+    trace : Trace
+    gamma : int64 [R]
+        Of a step that begins at each row.
     """
 
-    def __init__(self, trace: Trace, cost: CostTable) -> None:
+    def __init__(self, trace: Trace, gamma: np.ndarray) -> None:
         prompts = np.array([len(a.prompt_tokens) for a in trace.answers], dtype=np.int64)
-        self._offset = trace.first[:-1] - prompts
-        self._gamma = _least_time(trace, cost)
+        self._offset, self._gamma = trace.first[:-1] - prompts, gamma
 
     def start(self, answers: Sequence[Answer]) -> None:
         """Nothing to forget."""
@@ -248,7 +249,19 @@ class Oracle:
         return more
 
     def learns(self, lanes: np.ndarray, gamma: np.ndarray, accepted: np.ndarray) -> None:
-        """It has nothing to learn."""
+        """It learns nothing."""
+
+
+class Oracle(Planned):
+    """Knows what will be accepted and takes the least time: the ceiling of every policy.
+
+    γ at each place is that of the shortest path through the answer, by dynamic programming from
+    its end: ``T(i) = min over γ of cost(γ) + T(i + min(γ, accepted_i) + 1)``. Where plain steps
+    leave the draft to catch up, each is charged for its token at once.
+    """
+
+    def __init__(self, trace: Trace, cost: CostTable) -> None:
+        super().__init__(trace, _least_time(trace, cost))
 
 
 def _least_time(trace: Trace, cost: CostTable) -> np.ndarray:

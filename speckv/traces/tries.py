@@ -25,11 +25,11 @@ import numpy as np
 
 from ..errors import SpeckvError
 from ..policies import CostTable
+from .adaptive import Adaptive
 from .calibration import surprise
 from .compare import speedup_interval
 from .known import INFORMATION, MATCH, MOST, SIGNALS, Known, Rates
-from .planned import Adaptive, Planned
-from .replay import Controller, Oracle, replay
+from .replay import Controller, Oracle, Planned, replay
 from .schema import Trace
 from .tuning import STATIC, tune
 

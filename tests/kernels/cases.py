@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,20 @@ class GuardedState:
         for mine, theirs in zip(self.whole, other.whole, strict=True):
             theirs.copy_(mine)
         return other
+
+
+def random_logits(batch: int, vocabulary: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Random rows [B, V] of a wider buffer; what lies between the rows is NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.full((batch, vocabulary + 3), math.nan)
+    wide[:, :vocabulary] = torch.randn(batch, vocabulary, generator=generator) * 3.0
+    return wide.to(dtype)[:, :vocabulary]
+
+
+def sampling(batch: int) -> dict[str, Tensor]:
+    """Temperatures with a greedy row among them, and seeds that use all 64 bits."""
+    inv = torch.tensor([1.0, 0.0, 1.4, 0.7]).repeat(-(-batch // 4))[:batch]
+    return {"inv_temperature": inv, "seeds": torch.arange(batch) * 2**33 - 5}
 
 
 def fixed(gamma: int = at.GAMMA_MAX) -> Tensor:

@@ -21,7 +21,14 @@ from speckv.kernels.draft_step import (
     draft_step,
     draft_step_out,
 )
-from tests.kernels.cases import POLICIES, GuardedState, fixed, threshold
+from tests.kernels.cases import (
+    POLICIES,
+    GuardedState,
+    fixed,
+    random_logits,
+    sampling,
+    threshold,
+)
 from tests.tolerances import assert_close
 
 pytestmark = [
@@ -37,20 +44,6 @@ SMALL = Config(block=256, splits=3, num_warps=4)
 def cut(vocabulary: int) -> Config:
     """At most three programs a row; several blocks each, and a tail, at V = 1031."""
     return Config(256, min(SMALL.splits, -(-vocabulary // 256)), 4)
-
-
-def random_logits(batch: int, vocabulary: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Random rows [B, V] of a wider buffer; what lies between the rows is NaN."""
-    generator = torch.Generator().manual_seed(seed)
-    wide = torch.full((batch, vocabulary + 3), math.nan)
-    wide[:, :vocabulary] = torch.randn(batch, vocabulary, generator=generator) * 3.0
-    return wide.to(dtype)[:, :vocabulary]
-
-
-def sampling(batch: int) -> dict[str, Tensor]:
-    """Temperatures with a greedy row among them, and seeds that use all 64 bits."""
-    inv = torch.tensor([1.0, 0.0, 1.4, 0.7]).repeat(-(-batch // 4))[:batch]
-    return {"inv_temperature": inv, "seeds": torch.arange(batch) * 2**33 - 5}
 
 
 def mixed(batch: int) -> GuardedState:

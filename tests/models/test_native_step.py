@@ -13,7 +13,7 @@ from torch import Tensor
 
 from speckv.kernels import cpu_step, native, reference
 from speckv.kernels import layout as at
-from tests.kernels.cases import POLICIES, GuardedState, fixed
+from tests.kernels.cases import POLICIES, GuardedState, fixed, random_logits, sampling
 from tests.kernels.steps import (
     MODES,
     Guards,
@@ -34,20 +34,6 @@ def library() -> native.Library:
     if found is None:
         pytest.skip(f"data: no native library ({native.status()})")
     return found
-
-
-def random_logits(batch: int, vocabulary: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Random rows [B, V] of a wider buffer; what lies between the rows is NaN."""
-    generator = torch.Generator().manual_seed(seed)
-    wide = torch.full((batch, vocabulary + 3), math.nan)
-    wide[:, :vocabulary] = torch.randn(batch, vocabulary, generator=generator) * 3.0
-    return wide.to(dtype)[:, :vocabulary]
-
-
-def sampling(batch: int) -> dict[str, Tensor]:
-    """Temperatures with a greedy row among them, and seeds that use all 64 bits."""
-    inv = torch.tensor([1.0, 0.0, 1.4, 0.7]).repeat(-(-batch // 4))[:batch]
-    return {"inv_temperature": inv, "seeds": torch.arange(batch) * 2**33 - 5}
 
 
 def check(

@@ -17,11 +17,9 @@ from speckv.kernels import layout as at
 from speckv.kernels.layout import GAMMA_MAX, StepState
 from speckv.policies import CostTable, parse_policy
 from speckv.traces import boosted
-from speckv.traces.decisions import Explorer, decisions
 from speckv.traces.packed import PackedController
-from speckv.traces.replay import Controller, Oracle, Replayed, replay
+from speckv.traces.replay import Controller, Oracle, Planned, Replayed, replay
 from speckv.traces.schema import Answer, Trace, join
-from speckv.traces.tries import Planned
 from tests import causality
 from tests.traces.conftest import POLICIES, survival_policy
 from tests.traces.synthetic import COST, INFO, made_up_rows, made_up_trace
@@ -186,13 +184,11 @@ def test_replay_is_causal(name: str) -> None:
 
 def test_boosted_replay_is_causal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few trees read what many do."""
-    monkeypatch.setattr(boosted, "_MOST_ROUNDS", 2)
+    monkeypatch.setattr(boosted, "_MOST_TREES", boosted._STRIDE)
     monkeypatch.setitem(boosted._SETTINGS, "min_samples_leaf", 5)
     trace = made_up_trace(prompts=8, length=30, compressions=("fp32",), temperatures=(0.0,))
-    packed = POLICIES["survival"].pack("fp32", COST, rate=0.5)
     with threadpool_limits(1):
-        seen = decisions(trace, replay(trace, Explorer(0), COST))
-        model = PackedController(packed, boosted.Boosted(seen, seen).tokens)
+        model = boosted.Ceiling(trace, {"fp32": COST}).controller("fp32", 0.0)
         assert len(set(replay(trace, model, COST).gamma)) > 3
         assert_causal(trace, lambda: model)
 

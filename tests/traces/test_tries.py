@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from speckv.kernels.layout import GAMMA_MAX
+from speckv.traces.adaptive import Adaptive
 from speckv.traces.known import EVERYTHING, INFORMATION, Known, Rates
-from speckv.traces.planned import Adaptive, Planned
-from speckv.traces.replay import replay
+from speckv.traces.replay import Planned, replay
 from speckv.traces.schema import Trace
 from speckv.traces.tries import COUNT, tries
 from tests.traces.synthetic import COST, made_up_trace

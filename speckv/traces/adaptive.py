@@ -1,4 +1,4 @@
-"""Controllers that take γ, or the chance of each token, from a table with a row for each place."""
+"""A controller that takes the chance of each token from a table with a row for each place."""
 
 from __future__ import annotations
 
@@ -9,44 +9,6 @@ import numpy as np
 from .schema import Answer, Trace
 
 _MOST_BIAS = 1.0  # logits
-
-
-class Planned:
-    """Takes γ from a table.
-
-    Parameters
-    ----------
-    trace : Trace
-    gamma : int64 [R]
-        Of a step that begins at each row.
-    """
-
-    def __init__(self, trace: Trace, gamma: np.ndarray) -> None:
-        prompts = np.array([len(a.prompt_tokens) for a in trace.answers], dtype=np.int64)
-        self._offset, self._gamma = trace.first[:-1] - prompts, gamma
-
-    def start(self, answers: Sequence[Answer]) -> None:
-        """Nothing to forget."""
-
-    def begins(self, lanes: np.ndarray, length: np.ndarray, match: np.ndarray) -> np.ndarray:
-        """See `Controller`."""
-        more: np.ndarray = self._gamma[self._offset[lanes] + length] > 0
-        return more
-
-    def goes_on(
-        self,
-        lanes: np.ndarray,
-        length: np.ndarray,
-        drafted: int,
-        signals: np.ndarray,
-        match: np.ndarray,
-    ) -> np.ndarray:
-        """See `Controller`."""
-        more: np.ndarray = self._gamma[self._offset[lanes] + length] > drafted
-        return more
-
-    def learns(self, lanes: np.ndarray, gamma: np.ndarray, accepted: np.ndarray) -> None:
-        """It learns nothing."""
 
 
 class Adaptive:
