@@ -67,7 +67,7 @@ $(LOWEST)/.installed: $(STAMP)
 	@lowest=$$(sed -n 's/.*"triton>=\([0-9.]*\).*/\1/p' pyproject.toml); \
 	  echo "Fetching Triton $$lowest (once)"; \
 	  $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --upgrade \
-	    --target $(LOWEST) "triton==$$lowest.*"
+	    --target $(LOWEST) "triton==$$lowest"
 	@touch $@
 
 # pip's log is cut down to one line a package; its errors reach the terminal untouched.

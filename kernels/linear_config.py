@@ -44,12 +44,15 @@ class Config:
     maxnreg: int | None = None
 
 
-def _shared_bytes(config: Config, kind: str, swiglu: bool, norm: bool = False) -> int:
-    """Shared memory of a program: one buffer fewer than stages, of ``x``, weights and scales."""
+def _shared_bytes(config: Config, kind: str, swiglu: bool) -> int:
+    """Shared memory of a program: one buffer fewer than stages, of ``x``, weights and scales.
+
+    The weights of a norm come on top, with up to 4% of it.
+    """
     half_bytes = {"dense": 4, "int8": 2, "nf4": 1}[kind]
     row = config.block_k * half_bytes // 2 + (config.block_k // 16 if kind == "nf4" else 0)
     weights = config.block_n * (2 if swiglu else 1) * row
-    return (config.num_stages - 1) * (2 * config.block_k * (TILE_ROWS + norm) + weights)
+    return (config.num_stages - 1) * (2 * config.block_k * TILE_ROWS + weights)
 
 
 def _resident(config: Config, kind: str, swiglu: bool, capability: tuple[int, int]) -> int:

@@ -137,7 +137,7 @@ class _Builder:
 
     def weight(self, name: str, rows: int, columns: int) -> Weight:
         """A linear weight, compressed unless the checkpoint has it so."""
-        if is_stored(self.source, name):
+        if self.stored and is_stored(self.source, name):
             return read_stored(self.source, name, (rows, columns), self.device, self.sample)
         found = self.tensor(f"{name}.weight", rows, columns)
         # Of a quantised checkpoint, what it leaves as it is stays so.

@@ -109,8 +109,9 @@ def test_shared_memory_is_what_the_selector_counts_with(
 ) -> None:
     c = variant.constexprs
     config = Config(c["BLOCK_N"], c["BLOCK_K"], c["SPLITS"], num_stages=variant.num_stages)
-    counted = _shared_bytes(config, c["KIND"], c["SWIGLU"], c["NORM"])
-    assert counted <= compiled(SPEC, variant, arch).shared_bytes <= counted * 1.01
+    counted = _shared_bytes(config, c["KIND"], c["SWIGLU"])
+    most = counted * (1.04 if c["NORM"] else 1)
+    assert counted <= compiled(SPEC, variant, arch).shared_bytes <= most
 
 
 def test_widths_are_read_from_the_disassembly() -> None:
