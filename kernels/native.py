@@ -269,6 +269,7 @@ class Library:
 
     def best_gamma(self, policy: Tensor, rows: list[int], running: list[float]) -> int:
         """:func:`reference.best_gamma`."""
+        policy = policy.cpu()
         words, features = (ctypes.c_int32 * len(rows))(*rows), (ctypes.c_float * len(running))
         return int(
             self._best_gamma(
@@ -279,8 +280,7 @@ class Library:
 
 def _readable(logits: Tensor) -> Tensor:
     """Logits of a type that is compiled for, of unit stride in the last axis."""
-    if logits.dtype not in _SUFFIX:
-        return logits.float()
+    logits = logits if logits.dtype in _SUFFIX else logits.float()
     return logits if logits.stride(-1) == 1 else logits.contiguous()
 
 
@@ -417,6 +417,21 @@ def _processor() -> str:
     return "\n".join([platform.machine(), *facts])
 
 
+def _stepped(operations: Any, logits: Tensor, policy: Tensor) -> StepState:
+    """What is left of a step that drafts a token, of a trimmed vocabulary, and verifies it."""
+    batch, _, vocabulary = logits.shape
+    state = StepState.allocate(batch, 32, logits.device)
+    for b in range(batch):
+        state.reset(b, [1, 2, 3], limit=20, request=b)
+    state.rows[:, at.STOP] = 0
+    sampling = {"inv_temperature": torch.ones(batch), "seeds": torch.arange(batch)}
+    ids = torch.arange(vocabulary, dtype=torch.int32).flip(0).contiguous()
+    operations.draft_step(logits[:, 0], state, policy, id_map=ids, **sampling)
+    eos = torch.full((batch, 1), -1, dtype=torch.int32)
+    operations.verify(logits, state, policy, eos=eos, **sampling)
+    return state
+
+
 @torch.inference_mode()
 def _check(found: Library) -> None:
     """Compare every operation with torch, on shapes that reach every branch of the tiles."""
@@ -435,21 +450,15 @@ def _check(found: Library) -> None:
             (found.swiglu(rows), functional.swiglu(rows), bound),
             (found.rope(qkv, cos, sin), functional.rope(qkv, cos, sin), bound),
         ]
-    logits, policy = noise(2, 77), torch.zeros(at.POLICY_WORDS)
-    policy[at.GAMMA_CAP] = 3.0  # fixed
-    states = []
-    for step in (found.draft_step, reference.draft_step):
-        state = StepState.allocate(2, 32, logits.device)
-        for b in range(2):
-            state.reset(b, [1, 2, 3], limit=20, request=b)
-        state.rows[:, at.STOP] = 0
-        seeds = torch.tensor([5, 6])
-        step(logits, state, policy, inv_temperature=torch.ones(2), seeds=seeds)
-        states.append(state)
-    ours, expected = states
-    for name in ("rows", "running", "sequence"):
-        cases.append((getattr(ours, name), getattr(expected, name), 1e-5))
-    cases.append((ours.signals[:, 0], expected.signals[:, 0], 1e-5))
+    for dtype in DTYPES:
+        logits, policy = (3.0 * noise(24, 2, 77)).to(dtype), noise(at.POLICY_WORDS)
+        policy[: at.HEADER_WORDS] = 0.0
+        policy[at.MODE], policy[at.GAMMA_CAP] = at.MODE_MLP, at.GAMMA_MAX
+        policy[at.CANDIDATES], policy[at.MATCHES] = 0xFFFF, 1.0
+        ours, expected = (_stepped(of, logits, policy) for of in (found, reference))
+        for name in ("rows", "running", "sequence"):
+            cases.append((getattr(ours, name), getattr(expected, name), 1e-5))
+        cases.append((ours.signals[:, :1], expected.signals[:, :1], 1e-5))
     for actual, wanted, bound in cases:
         if not torch.allclose(actual.float(), wanted.float(), rtol=bound, atol=bound):
             raise _UnavailableError(f"{found.path} computes something else than torch")

@@ -135,8 +135,8 @@ def show_costs(console: Console, compression: str, cost: CostTable) -> None:
     console.print(table)
     if parts is not None:
         console.print(
-            f"a draft token {parts.draft_ms:.2f} ms, one that the draft was not fed in plain steps "
-            f"{cost.catch_up_ms:.3f} ms",
+            f"a draft token {parts.draft_ms:.2f} ms; {cost.catch_up_ms:.3f} ms for "
+            f"{cost.catch_up_tokens} that the draft was not fed in plain steps",
             markup=False,
         )
 

@@ -32,7 +32,7 @@ from .lookup import Lookup, Lookups, draft_matches
 from .prepared import prepared
 from .trained import identify
 
-_VERSION = 5
+_VERSION = 6
 _GAMMAS = tuple(range(WIDTH_MAX))
 _SLOPE_GAMMAS = (0, 1, 2, 4, 8, 15)
 _CONTEXTS = (64, 1024)
@@ -73,8 +73,9 @@ def measure(target: CausalModel, draft: CausalModel | None, *, graphs: bool = Fa
 
     Medians, the γ taking turns. Context slopes, linear in γ, come from two lengths; where noise
     makes one negative it is zero. The draft's first forward of a step is priced at the two rows
-    that it has after a full acceptance, and each row more of one that catches up at its share of
-    what sixteen take more.
+    that it has after a full acceptance. One that catches up is wider in the eager loop: each row
+    more takes its share of what sixteen take more. In the loops on graphs forwards of sixteen rows
+    come before it.
     """
     models = [target] if draft is None else [target, draft]
     longest = min(model.max_positions for model in models) - WIDTH_MAX
@@ -99,11 +100,16 @@ def measure(target: CausalModel, draft: CausalModel | None, *, graphs: bool = Fa
         without = [steps.of(g, contexts[0], drafting=False) for g in _GAMMAS]
         bare = [steps.of(g, contexts[0], drafting=False, verifying=False) for g in _GAMMAS]
         parts = medians([*without, *bare], _PART_REPEATS)
-        catch_up_ms = 0.0
+        catch_up_ms, block = 0.0, WIDTH_MAX if graphs else 1
         rows = min(WIDTH_MAX, contexts[0])
         if draft is not None and rows > 2:
-            few, many = medians([steps.of(1, contexts[0], first_rows=n) for n in (2, rows)])
-            catch_up_ms = max(many - few, 0.0) / (rows - 2)
+            usual = steps.of(1, contexts[0])
+            if graphs:
+                late = steps.of(1, contexts[0], catching_up=rows)
+            else:
+                late = steps.of(1, contexts[0], first_rows=rows)
+            few, many = medians([usual, late])
+            catch_up_ms = max(many - few, 0.0) / (1 if graphs else rows - 2)
     lookup_ms = _lookup_ms(target) if draft is None else 0.0
     at_zero = [
         max(ms - slope[gamma] * contexts[0], 1e-3) + lookup_ms * gamma
@@ -113,6 +119,7 @@ def measure(target: CausalModel, draft: CausalModel | None, *, graphs: bool = Fa
         tuple(float(ms) for ms in np.maximum.accumulate(at_zero)),
         tuple(slope),
         catch_up_ms,
+        block,
         _parts(near, parts[:WIDTH_MAX], parts[WIDTH_MAX:], lookup_ms),
     )
 
@@ -147,12 +154,14 @@ class _Steps:
         context: int,
         *,
         first_rows: int = 2,
+        catching_up: int = 0,
         drafting: bool = True,
         verifying: bool = True,
     ) -> Callable[[], None]:
         """A step that drafts and verifies ``gamma`` tokens after ``context`` others.
 
-        The draft's first forward has ``first_rows`` rows. Without ``drafting`` the draft's
+        The draft's first forward has ``first_rows`` rows; with ``catching_up``, one of so many rows
+        comes before it. Without ``drafting`` the draft's
         forwards are left out, without ``verifying`` the target's: their logits are kept ones.
         """
         drafts: list[Callable[[], Tensor]] = []
@@ -162,12 +171,17 @@ class _Steps:
             drafts = [self._forward(self.draft, *place) for place in places[:gamma]]
             if not drafting:
                 drafts = [_kept(forward) for forward in drafts]
+        before: list[Callable[[], Tensor]] = []
+        if self.draft is not None and catching_up:
+            before = [self._forward(self.draft, catching_up, context - catching_up)]
         verify = self._forward(self.target, gamma + 1, context)
         if not verifying:
             verify = _kept(verify)
 
         def step() -> None:
             self.state.rows.copy_(self.rows)
+            for forward in before:
+                forward()
             for forward in drafts:
                 logits = forward()[:, -1]
                 self.state.rows[0, at.STOP] = 0

@@ -65,9 +65,9 @@ class DeviceLoop(GraphedLoop):
     def _decode(self, works: Works, reader: Reader) -> Iterator[list[StepRecord]]:
         if reader.done:
             return
-        self._in_flight.launched = True
         start = time.perf_counter()
         self._plans[works.form].launch(current_stream(self.target.device))
+        self._in_flight.launched = True
         self.launch_seconds = time.perf_counter() - start
         while not reader.done:
             yield self._await_records(reader)

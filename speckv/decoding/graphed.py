@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..errors import SpeckvError
+from ..errors import NumericsError, SpeckvError
 from ..kernels import layout as at
 from ..kernels.layout import LoopState
 from . import plan as of
@@ -59,11 +59,12 @@ class InFlight:
         generation would then be read by the last one. Then the rest of the graph.
         """
         if self.launched:
+            self.launched = False  # one wait: what is in vain once is in vain again
             ended = self.loop.ended.numpy()
             await_word(self.device, lambda: int(ended[0]) >> 32 == self.generation)
         if self.generation:
             synchronize(self.device)
-        self.generation, self.launched = 0, False
+        self.generation = 0
 
     def give_back(self) -> None:
         """End what runs, then give every graph back."""
@@ -139,6 +140,8 @@ class GraphedLoop(PlannedLoop):
     def _wait(self, ready: Callable[[], bool]) -> None:
         try:
             await_word(self.target.device, ready)
+        except NumericsError:  # told by a device that runs on: its end will be told too
+            raise
         except SpeckvError:
             self._in_flight.launched = False  # nor will its end be told
             raise

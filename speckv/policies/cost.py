@@ -28,14 +28,20 @@ class StepParts:
     verify_ms: tuple[float, ...]
     overhead_ms: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        for name in ("verify_ms", "overhead_ms"):
+            values = getattr(self, name)
+            if len(values) != WIDTH_MAX:
+                raise ValueError(f"parts: {name}: expected {WIDTH_MAX} values, got {len(values)}")
+
 
 @dataclass(frozen=True)
 class CostTable:
     """Milliseconds of a step that verifies γ draft tokens, linear in the context length.
 
-    ``cost(γ) = t_draft · γ + t_verify(γ + 1) + t_overhead(γ)``, and t_catch_up for each token that
-    plain steps have committed since the draft was last fed. Policies leave that last one out: a
-    token that the draft lacks is fed sooner or later, whatever they decide.
+    ``cost(γ) = t_draft · γ + t_verify(γ + 1) + t_overhead(γ)``, and t_catch_up where plain steps
+    have committed tokens since the draft was last fed. Policies leave that last one out: a token
+    that the draft lacks is fed sooner or later, whatever they decide.
 
     Attributes
     ----------
@@ -44,7 +50,9 @@ class CostTable:
     step_ms_per_context_token : tuple of 16 floats
         Slope by γ.
     catch_up_ms : float
-        Of each such token.
+        Of each such token, or of up to ``catch_up_tokens`` of them.
+    catch_up_tokens : int
+        1 where they widen the draft's next forward; more where forwards of their own feed so many.
     parts : StepParts, optional
         What they are made of, for people; nothing is computed from it.
 
@@ -58,6 +66,7 @@ class CostTable:
     step_ms: tuple[float, ...]
     step_ms_per_context_token: tuple[float, ...]
     catch_up_ms: float = 0.0
+    catch_up_tokens: int = 1
     parts: StepParts | None = None
 
     def __post_init__(self) -> None:
@@ -77,6 +86,8 @@ class CostTable:
             raise ValueError(
                 f"catch_up_ms: expected a finite value of at least 0, got {self.catch_up_ms}"
             )
+        if self.catch_up_tokens < 1:
+            raise ValueError(f"catch_up_tokens: expected at least 1, got {self.catch_up_tokens}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -84,7 +95,7 @@ class CostTable:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CostTable:
-        """What `to_dict` gave; ``catch_up_ms`` and ``parts`` may be missing.
+        """What `to_dict` gave; what has a default may be missing.
 
         Raises
         ------
@@ -93,8 +104,11 @@ class CostTable:
         """
         known = dict(values)
         parts = known.pop("parts", None)
+        if not isinstance(parts, Mapping | None):
+            raise TypeError(f"parts: expected an object, got {type(parts).__name__}")
         return cls(
             catch_up_ms=float(known.pop("catch_up_ms", 0.0)),
+            catch_up_tokens=int(known.pop("catch_up_tokens", 1)),
             parts=None if parts is None else StepParts(**_numbers(parts)),
             **_numbers(known),
         )
@@ -104,12 +118,12 @@ class CostTable:
         cls,
         draft_ms: float,
         verify_ms: list[float],
-        catch_up_ms: float = 0.0,
+        first_draft_ms: float = 0.0,
         draft_ms_per_context_token: float = 0.0,
         verify_ms_per_context_token: float = 0.0,
     ) -> CostTable:
-        """From the cost of a draft token, of catching up, and of a verification by width 1..16."""
-        step = [draft_ms * g + catch_up_ms * min(g, 1) + verify_ms[g] for g in range(WIDTH_MAX)]
+        """From what a draft token, the first one besides, and a verification by width cost."""
+        step = [draft_ms * g + first_draft_ms * min(g, 1) + verify_ms[g] for g in range(WIDTH_MAX)]
         slope = [
             draft_ms_per_context_token * g + verify_ms_per_context_token for g in range(WIDTH_MAX)
         ]

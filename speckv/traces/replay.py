@@ -148,7 +148,8 @@ def replay(trace: Trace, controller: Controller, cost: CostTable) -> Replayed:
         left = end[lanes] - at
         record.append((lanes, gamma, np.minimum(matched, left)))
         ms[lanes] += step_ms[gamma] + slope[gamma] * length
-        ms[lanes] += np.where(gamma > 0, cost.catch_up_ms * behind[lanes], 0.0)
+        blocks = -(-behind[lanes] // cost.catch_up_tokens)
+        ms[lanes] += np.where(gamma > 0, cost.catch_up_ms * blocks, 0.0)
         behind[lanes] = np.where(gamma > 0, 0, behind[lanes] + 1)
         place[lanes] += np.minimum(matched + 1, left)
         lanes = lanes[place[lanes] < end[lanes]]
@@ -257,7 +258,8 @@ class Oracle(Planned):
 
     γ at each place is that of the shortest path through the answer, by dynamic programming from
     its end: ``T(i) = min over γ of cost(γ) + T(i + min(γ, accepted_i) + 1)``. Where plain steps
-    leave the draft to catch up, each is charged for its token at once.
+    leave the draft to catch up, each is charged for its share at once, also where no later step
+    drafts: by so much it may miss the least time.
     """
 
     def __init__(self, trace: Trace, cost: CostTable) -> None:
@@ -279,7 +281,7 @@ def _least_time(trace: Trace, cost: CostTable) -> np.ndarray:
         kept = np.minimum(rows.accepted[row, None], gammas)
         after = np.minimum(place + kept + 1, end[lanes, None])
         slope = np.array(cost.step_ms_per_context_token)
-        caught_up = np.where(gammas > 0, 0.0, cost.catch_up_ms)
+        caught_up = np.where(gammas > 0, 0.0, cost.catch_up_ms / cost.catch_up_tokens)
         own = np.array(cost.step_ms) + caught_up + slope * (prompt[lanes, None] + place)
         ms = np.where(gammas <= room[:, None], own + left[lanes[:, None], after], np.inf)
         best[row] = ms.argmin(axis=1)

@@ -78,8 +78,14 @@ def test_every_row_goes_through_the_same_products(
     assert set(found) == {f"HMMA.16816.F32{kind}"}
 
 
-@pytest.mark.parametrize("arch", registry.ARCHITECTURES)
-@pytest.mark.parametrize("variant", ATTENTION.variants, ids=lambda variant: variant.name)
+@pytest.mark.parametrize(
+    ("variant", "arch"),
+    [
+        pytest.param(variant, arch, id=f"{variant.name}-{arch}")
+        for variant in ATTENTION.variants
+        for arch in variant.architectures
+    ],
+)
 def test_the_cache_is_read_16_bytes_a_thread(
     compiled: Compile, variant: registry.Variant, arch: str
 ) -> None:

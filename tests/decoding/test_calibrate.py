@@ -121,6 +121,12 @@ def test_costs_of_parts_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     for width, ms in enumerate(parts.verify_ms, start=1):
         assert ms == pytest.approx(10.08 + width + (width == 4), abs=0.01)
     assert max(parts.overhead_ms) == 0
+    assert table.catch_up_tokens == 1
+    monkeypatch.setattr(calibrate, "synchronize", lambda device: None)
+    monkeypatch.setattr(calibrate, "capture", lambda work, pool: (Replayed(work), None))
+    graphs = measure(target, draft, graphs=True)  # there a forward of its own, of eight rows here
+    assert graphs.catch_up_ms == pytest.approx(1.9 + 0.05 * 8, abs=0.02)
+    assert graphs.catch_up_tokens == WIDTH_MAX
 
 
 def test_kinds_of_loop_have_tables_of_their_own(

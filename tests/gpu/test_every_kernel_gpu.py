@@ -163,11 +163,25 @@ def close_step() -> None:
         assert torch.equal(results[0][name], expected), name
 
 
+def keep_draft() -> None:
+    results = []
+    for device in (DEVICE, "cpu"):
+        state, _ = stepping(device)
+        state.rows[:, at.STOP], state.rows[:, at.DRAFTED] = 0, 2
+        logits = random(2, 1000, seed=4).to(BF16).to(device)
+        column = torch.arange(2.0, device=device)
+        rows = torch.zeros(2, at.GAMMA_MAX, 1000, dtype=BF16, device=device)
+        kept = (rows, *(torch.zeros(2, at.GAMMA_MAX, device=device) for _ in range(2)))
+        kernels.keep_draft(state, logits, column, column, kept=kept)
+        results.append([tensor.cpu() for tensor in kept])
+    assert all(map(torch.equal, *results)) and results[0][0][:, 2].any()
+
+
 CASES: dict[str, Callable[[], None]] = {
     case.__name__: case
     for case in (
         *(argmax, draft_step, verify, verify_rejection, cutoff, linear, attention),
-        *(rope_append, rms_norm, step_inputs, close_step),
+        *(rope_append, rms_norm, step_inputs, close_step, keep_draft),
     )
 }
 _LAUNCHED_BY = {

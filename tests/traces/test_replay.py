@@ -87,7 +87,22 @@ def test_a_draft_that_plain_steps_left_behind_catches_up() -> None:
     found = replay(trace, planned, cost)
     assert found.steps_of(0) == [(g, 0) for g in (0, 0, 2, 0, 1, 1, 0)]
     # Two tokens, then one; those of the last plain step are never fed.
-    assert found.ms[0] - replay(trace, planned, CHEAP).ms[0] == pytest.approx(3 * 0.5)
+    usual = replay(trace, planned, CHEAP).ms[0]
+    assert found.ms[0] - usual == pytest.approx(3 * 0.5)
+    by_block = replay(trace, planned, replace(cost, catch_up_tokens=16))
+    assert by_block.ms[0] - usual == pytest.approx(2 * 0.5), "a forward of its own each time"
+
+
+def test_the_oracle_charges_plain_steps_for_what_they_leave() -> None:
+    trace = one_answer([0, 0, 3, 0, 0, 2, 1, 0, 0, 4, 0, 0, 0, 0], limit=14)
+    dear = replace(CHEAP, catch_up_ms=0.4)
+    charged = replace(dear, step_ms=(CHEAP.step_ms[0] + 0.4, *CHEAP.step_ms[1:]), catch_up_ms=0.0)
+    found = replay(trace, Oracle(trace, dear), dear).ms[0]
+    assert found <= least_ms(trace, charged, 1) + 1e-9
+    assert replay(trace, Oracle(trace, charged), CHEAP).ms[0] > least_ms(trace, CHEAP, 1)
+    assert replay(trace, Oracle(trace, dear), dear).steps_of(0) == replay(
+        trace, Oracle(trace, charged), charged
+    ).steps_of(0)
 
 
 def least_ms(trace: Trace, cost: CostTable, place: int) -> float:
