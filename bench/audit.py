@@ -49,7 +49,6 @@ _TRACED_WAITS = (
 )
 _TRACED_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cuGraphLaunch")
 _SPAN = "generation"
-_CAPACITY = 512
 _HOST_SLACK = 4 << 20
 """Bytes that the allocator of the host may still spread over: 4 KiB a generation."""
 _DEVICE_SLACK = 2 << 20
@@ -188,17 +187,17 @@ def wait_rows(
     for kind, make in on_graphs(lab).items():
         for batch in (1, 4):
             facts: Row = {"name": f"syncs of the {kind} loop", **names, "batch": batch}
-            loop = make(target, draft, batch=batch, capacity=_CAPACITY)
-            try:
-                for way, temperature in (("greedy", 0.0), ("sampled", 0.8)):
-                    for policy in ("fixed:3", "speckv"):
-                        row = {**facts, "way": way, "policy": policy}
-                        requests = one_request(
-                            lab, 16 if lab.dry else 64, batch=batch, temperature=temperature
-                        )
-                        yield from isolated(row, partial(_wait_row, row, loop, requests))
-            finally:
-                loop.close()
+            rows = partial(_ways, lab, facts)
+            yield from isolated(facts, partial(with_loop, make, target, draft, rows, batch=batch))
+
+
+def _ways(lab: Lab, facts: Row, loop: Any) -> Iterator[Row]:
+    for way, temperature in (("greedy", 0.0), ("sampled", 0.8)):
+        for policy in ("fixed:3", "speckv"):
+            row = {**facts, "way": way, "policy": policy}
+            tokens, batch = 16 if lab.dry else 64, facts["batch"]
+            requests = one_request(lab, tokens, batch=batch, temperature=temperature)
+            yield from isolated(row, partial(_wait_row, row, loop, requests))
 
 
 def _wait_row(facts: Row, loop: Any, requests: RequestBatch) -> Iterator[Row]:

@@ -52,9 +52,9 @@ def environment() -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command that this process was started with, without its paths."""
+    """The command that this process was started with, without ``--out``."""
     name = f"bench.{Path(sys.argv[0]).stem}"
-    arguments = sys.argv[1:]
+    arguments = [each for each in sys.argv[1:] if not each.startswith("--out=")]
     if "--out" in arguments:
         at = arguments.index("--out")
         del arguments[at : at + 2]

@@ -59,7 +59,8 @@ def _engine_rows(lab: Lab, facts: Row) -> Iterator[Row]:
     params = SamplingParams(max_new_tokens=8 if lab.dry else 128)
     prompts = evaluation_prompts(1)[: 1 if lab.dry else None]
     plain: list[list[int]] = []
-    for kind in ("eager",) if lab.dry else ("device", "graphed", "eager"):
+
+    def rows_of(kind: str) -> Iterator[Row]:
         engine = Engine.from_pretrained(
             compression=facts["compression"], device=lab.device, loop=kind, progress=False
         )
@@ -70,13 +71,15 @@ def _engine_rows(lab: Lab, facts: Row) -> Iterator[Row]:
                 result = engine.generate(prompt.text, params, chat=True, policy=name)
                 produced.append(list(result.token_ids))
                 rates.append(result.stats.tokens_per_second)
-            plain = plain or produced
+            plain.extend([] if plain else produced)
             row = {**facts, "name": f"default pair {kind} {name}", "n": len(rates)}
             row |= {"tokens": sum(map(len, produced)), "loop": str(engine.loop)}
             row["identical_to_plain"] = produced == plain
             timed = produced == plain and not lab.dry
             yield row | {"tokens_per_second": quantiles(rates) if timed else None}
-        del engine
+
+    for kind in ("eager",) if lab.dry else ("device", "graphed", "eager"):
+        yield from isolated({**facts, "name": f"default pair {kind}"}, partial(rows_of, kind))
 
 
 def _assisted_default(lab: Lab, facts: Row) -> Iterator[Row]:

@@ -23,7 +23,7 @@ HISTORY = ROOT / "bench" / "history"
 REPORT = ROOT / "bench" / "traces" / "report" / "report.json"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results: python -m bench.readme -->\n", "<!-- end of results -->\n"
-_GPU_PARTS = tuple(part for part in PARTS if part != "tests")
+_GPU_PARTS = tuple(PARTS)
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 """Documents by benchmark; a GPU run's is ``gpu``, that of ``speckv report`` is ``report``."""
@@ -261,6 +261,7 @@ def _replay(results: Results) -> Iterator[str]:
 def _random_draft(results: Results) -> Iterator[str]:
     rows = results.get("random_draft", ())
     if not rows:
+        yield "What a useless draft costs has not been measured.\n"
         return
     found = ", ".join(
         f"{row['compression']} {row['live']['ratio']:.3f}x "
@@ -315,9 +316,10 @@ def _gpu(results: Results) -> Iterator[str]:
 
 
 def _passed(document: Mapping[str, Any], part: str) -> bool:
-    """Whether a part has a row, and none that failed."""
+    """Whether a part has a row of something that ran, and none that failed."""
     rows = document.get(part, {}).get("rows", ())
-    return bool(rows) and not any(failed(row) for row in rows)
+    ran = any(not row.get("skipped") and not row.get("cut") for row in rows)
+    return ran and not any(failed(row) for row in rows)
 
 
 def _gpu_lines(document: Mapping[str, Any]) -> Iterator[str]:

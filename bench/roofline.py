@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bench.lab import Lab, Row, isolated, nothing
 from speckv.models.config import DecoderConfig
-from speckv.models.fused import LAUNCHES_PER_LAYER
+from speckv.models.fused import LAUNCHES_PER_LAYER, can_launch_early
 from speckv.models.llama import LlamaDecoder
 
 WIDTHS = (1, 3, 5, 9, 16)
@@ -264,6 +264,12 @@ def _forwards(lab: Lab, facts: Row, context: int, bandwidth: float | None) -> It
             if bandwidth is not None:
                 row["share_of_copy"] = floor.bytes / row["kernel_us"]["p50"] / bandwidth
         yield row
+    if not lab.dry and can_launch_early(lab.device):
+        model.pdl = True
+        forward = run(1, 0, 1)
+        row = {**facts, "name": "forward, early launches", "batch": 1, "width": 1}
+        row |= {"context": context, "matches_reference": torch.equal(forward()[0, 0], alone[0])}
+        yield row | (lab.time([forward] * 4, nothing) if row["matches_reference"] else {})
 
 
 def table(bandwidth: float, context: int, measured: Sequence[Row]) -> Iterator[str]:

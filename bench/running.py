@@ -33,6 +33,7 @@ GRACE_SECONDS = 45.0
 """What a row may take beyond its section's time before its process is killed."""
 QUICK_GRACE_SECONDS = 20.0
 _START_SECONDS = 150.0
+_LEAST_SECONDS = 10.0  # to start, however late it is
 _DEVICE_LOST = 3
 _POLL_SECONDS = 0.05
 
@@ -175,7 +176,7 @@ def run(parts: Parts, names: Sequence[str], out: Path, options: Options, seconds
         count = len(jobs) if options.dry else _together(jobs, options.quick)
         now, own = time.monotonic(), _weight(jobs[:count], options.quick)
         until = now + max(end - now, 0.0) * own / _weight(jobs, options.quick)
-        jobs = jobs[_process(jobs[:count], out, options, until) :]
+        jobs = jobs[_process(jobs[:count], out, options, until, end) :]
 
 
 def _together(jobs: Sequence[Job], parts_too: bool) -> int:
@@ -190,8 +191,11 @@ def _together(jobs: Sequence[Job], parts_too: bool) -> int:
     return count
 
 
-def _process(jobs: Sequence[Job], out: Path, options: Options, end: float) -> int:
-    """Work through jobs in another process; how many of them are dealt with."""
+def _process(jobs: Sequence[Job], out: Path, options: Options, end: float, last: float) -> int:
+    """Work through jobs in another process; how many of them are dealt with.
+
+    ``end`` is that of these jobs, ``last`` that of all.
+    """
     with tempfile.TemporaryDirectory() as folder:
         status = Path(folder) / "status"
         request = {
@@ -210,7 +214,8 @@ def _process(jobs: Sequence[Job], out: Path, options: Options, end: float) -> in
             env=_environment(options),
             start_new_session=True,
         )
-        limit = time.monotonic() + _START_SECONDS
+        start = time.monotonic()
+        limit = min(start + _START_SECONDS, max(last + options.grace, start + _LEAST_SECONDS))
         try:
             code: int | None = None
             while code is None:
@@ -256,10 +261,12 @@ def _read(status: Path) -> tuple[int, float | None]:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process that was started here, and all that it has started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    """End a process that was started here; asked first, so that it ends what it has started."""
+    for number, seconds in ((signal.SIGTERM, 3.0), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
 
 
 def _ended(code: int) -> str:
@@ -272,6 +279,7 @@ def main() -> None:
     """Work through what the one argument asks for."""
     from bench.parts import PARTS
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # what it has started ends with it
     asked = json.loads(sys.argv[1])
     trace = asked["trace"] and Path(asked["trace"])
     lab = Options(asked["quick"], asked["dry"], trace).lab

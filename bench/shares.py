@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -37,10 +38,15 @@ def on_graphs(lab: Lab) -> dict[str, Any]:
 
 
 def with_loop(
-    make: Any, target: CausalModel, draft: CausalModel, rows: Callable[[Any], Iterator[Row]]
+    make: Any,
+    target: CausalModel,
+    draft: CausalModel,
+    rows: Callable[[Any], Iterator[Row]],
+    *,
+    batch: int = 1,
 ) -> Iterator[Row]:
-    """Rows of a loop of one sequence, which is closed behind them."""
-    loop = make(target, draft, batch=1, capacity=_CAPACITY)
+    """Rows of a loop of so many sequences, which is closed behind them."""
+    loop = make(target, draft, batch=batch, capacity=_CAPACITY)
     try:
         yield from rows(loop)
     finally:
@@ -81,9 +87,10 @@ def _share_row(lab: Lab, name: str, facts: Row, plain: list[int], loop: Any) -> 
         running = iter(loop.run(requests, policy))
         next(running)
         first = time.perf_counter()
-        steps = [(r.gamma, r.tokens) for records in running for r in records]
+        with _timed_prefill(loop) as fed:
+            steps = [(r.gamma, r.tokens) for records in running for r in records]
         if repeat:
-            found.append(time.perf_counter() - first)
+            found.append(time.perf_counter() - first - sum(fed))
         prefill = first - began
     produced = [t for _, tokens in steps for t in tokens]
     plain += [] if plain else produced
@@ -98,6 +105,24 @@ def _share_row(lab: Lab, name: str, facts: Row, plain: list[int], loop: Any) -> 
             row |= {"decode_seconds": spent, "prefill_seconds": prefill}
             row |= {"forwards_seconds": total, "above_forwards": spent["p50"] / total - 1.0}
     yield row
+
+
+@contextmanager
+def _timed_prefill(loop: Any) -> Iterator[list[float]]:
+    """Seconds in which the draft is fed the prompt, after the first token: no step's."""
+    seconds: list[float] = []
+    name = "_prefill_draft" if hasattr(loop, "_prefill_draft") else "_feed_prompts"
+    feed = getattr(loop, name)
+
+    def timed(*arguments: Any) -> None:
+        start = time.perf_counter()
+        feed(*arguments)
+        if loop.target.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+
+    with patch.object(loop, name, timed):
+        yield seconds
 
 
 def _forward_times(

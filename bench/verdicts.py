@@ -112,7 +112,7 @@ def _metric(name: str, key: str, sign: float = 1.0, **facts: Any) -> Callable[..
 
 def _above_forwards(rows: Sequence[Row]) -> Found:
     for row in rows:
-        if row["name"].startswith("device ") and row.get("above_forwards") is not None:
+        if row["name"].startswith("device fixed:") and row.get("above_forwards") is not None:
             yield float(row["above_forwards"]), row["name"]
 
 

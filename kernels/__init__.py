@@ -4,7 +4,7 @@ Imported as ``speckv.kernels`` only: Hugging Face distributes an unrelated top-l
 ``kernels``, so under any other name nothing here can be used.
 
 The names of `PUBLIC` are attributes of this package. They are imported on first use, so that the
-CPU path (`reference`, `layout`) never imports triton.
+CPU path (`cpu_step`, `reference`, `layout`) never imports triton.
 """
 
 from __future__ import annotations

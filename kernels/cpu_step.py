@@ -3,7 +3,8 @@
 Between two forwards of a model, whose weights fill the caches, interpreted code and torch's calls
 on small tensors run several times slower than in a loop of their own. Compiled, a decision is one
 call. Every policy, plain decoding among them, goes through the same operations, so the tokens do
-not depend on the policy either way; the last bits of signals may differ from the reference's.
+not depend on the policy either way. The last bits of signals and of noise may differ from the
+reference's: where nothing is compiled, a seed may give other tokens.
 """
 
 from __future__ import annotations

@@ -73,8 +73,10 @@ class _UnavailableError(Exception):
 class Library:
     """The operations of a compiled library.
 
-    Tensors are contiguous, on the CPU, and of one type: fp32 for :meth:`linear`, fp32 or bf16 for
-    the others. The number of threads is ``torch.get_num_threads()``.
+    Tensors are on the CPU. Those of row operations are contiguous and of one type, fp32 for
+    :meth:`linear`, fp32 or bf16 for the others, and share ``torch.get_num_threads()`` threads.
+    Logits may be of any floating type and stride; a step takes one thread. Nothing is validated
+    here: callers have seen to types and shapes.
 
     Parameters
     ----------

@@ -1,9 +1,9 @@
-"""The operations of `speckv.kernels` in plain torch, fp32: the CPU path and the kernels' oracle.
+"""The operations of `speckv.kernels` in plain torch, fp32: the oracle of whatever is compiled.
 
-Rows are handled one after the other, in Python, so that this file reads as the specification. On
-CPU tensors that costs nothing; on CUDA tensors every read of the state synchronises, so there it
-serves tests only. `cutoff`, `decide` and what it goes by stand in `reference_cutoff` and
-`reference_decision`, and are names of this module too.
+It is the CPU path too where nothing is; see `cpu_step`. Rows are handled one after the other, in
+Python, so that this file reads as the specification. On CUDA tensors every read of the state
+synchronises, so there it serves tests only. `cutoff`, `decide` and what it goes by stand in
+`reference_cutoff` and `reference_decision`, and are names of this module too.
 
 Rules
 -----

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..errors import NumericsError
 from ..kernels import cpu_step
 from ..kernels import layout as at
+from ..kernels.checks import check_tensor
 from ..kernels.layout import StepState
 from ..models.base import CausalModel
 from ..models.cache import KVCache
@@ -480,6 +481,8 @@ def draft_vocabulary(
     input_ids : int32 [V] or None
         The id that the draft is fed for each target token.
     """
+    if id_map is not None:
+        check_tensor("id_map", id_map, "int32", (draft.vocab_size,), target.device, dense=True)
     if id_map is None and draft.vocab_size >= target.vocab_size:
         return None, None
     known = torch.arange(draft.vocab_size, device=target.device)

@@ -99,7 +99,10 @@ def read_stored(
         layout = f"{name}.weight_format"
         if layout in source and int(source[layout]):
             raise ModelError(f"the checkpoint's int8 weight {name!r} is not stored row by row")
-        return Int8Weight(read("weight").contiguous(), read("SCB", rows).flatten().float())
+        values = read("weight")
+        if values.dtype != torch.int8:
+            raise ModelError(f"the checkpoint's weight {name!r} is {values.dtype}, expected int8")
+        return Int8Weight(values.contiguous(), read("SCB", rows).flatten().float())
     if f"{name}.{_STATE}nf4" not in source:
         raise ModelError(f"the checkpoint's weight {name!r} is fp4; expected nf4")
     state = json.loads(bytes(source[f"{name}.{_STATE}nf4"].cpu().tolist()))
@@ -110,6 +113,11 @@ def read_stored(
             f"{state.get('nested_blocksize')} scales, expected {NF4_BLOCK} and {NESTED_BLOCK}"
         )
     codes = read("weight").contiguous().view(torch.uint8).flatten()
+    if codes.numel() != -(-rows * columns // 2):
+        raise ModelError(
+            f"the checkpoint's nf4 weight {name!r} has {codes.numel()} bytes, expected "
+            f"{-(-rows * columns // 2)}"
+        )
     blocks = -(-rows * columns // NF4_BLOCK)
     absmax = read("weight.absmax", blocks).flatten()
     nested = None

@@ -96,9 +96,8 @@ class Policy:
         cost : CostTable, optional
             Costs of a step on this machine. λ, which should be the rate achieved, comes from the
             record of an MLP trained on traces of this compression, at the nearest temperature. For
-            any other it is that of
-            plain decoding, a lower bound: γ errs upwards where speculation pays, and a draft that
-            its own predictions do not support is not used.
+            any other it is that of plain decoding, a lower bound: γ errs upwards where speculation
+            pays, and a draft that its own predictions do not support is not used.
         temperature : float
             Of the requests, on average.
         rate : float, optional

@@ -282,6 +282,11 @@ def _judge(
     own = trace.where(lambda a: (a.compression, a.temperature) == key)
     train = own.where(lambda a: a.prompt_id in training)
     test = own.where(lambda a: a.prompt_id not in training)
+    if not train.answers or not test.answers:
+        raise ValueError(
+            f"trace: expected answers in {compression} at temperature {key[1]:g} to tune on and to "
+            f"judge on, got {len(train.answers)} and {len(test.answers)}"
+        )
     found: dict[str, tuple[Replayed, Tuned | None]] = {}
     for name in dict.fromkeys((*policies, _PLAIN, STATIC, ORACLE)):
         if name == ORACLE:

@@ -66,9 +66,13 @@ def test_parts_that_ran() -> None:
     assert "On one NVIDIA H100 (`bench/history/gpu.json`):" in text
     assert "| device fixed:4 | t | 321.00 |" in text
     assert (
-        "Of `make gpu`, probe, draft, verify, linear, forward, e2e-8b, audit, sanitizer,"
+        "Of `make gpu`, probe, draft, verify, linear, forward, e2e-8b, audit, sanitizer, tests,"
         in " ".join(text.split())
     )
+    skipped = gpu("NVIDIA H100", readme._GPU_PARTS)
+    skipped["sanitizer"]["rows"] = [{"name": "compute-sanitizer memcheck", "skipped": "not there"}]
+    said = " ".join(readme.section({"gpu": [skipped]}).split())
+    assert "Of `make gpu`, sanitizer has not run" in said
     every = readme.section({"gpu": [gpu("NVIDIA H100", readme._GPU_PARTS)]})
     assert "have not run" not in every and "Nothing has" not in every
 

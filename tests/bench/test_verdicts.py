@@ -23,6 +23,7 @@ def loop_rows(decision: float = 4.0, above: float = 0.5) -> list[dict[str, Any]]
         {**step, "batch": 8, "kernel_us": median(50.0), "above_first_us": median(9.0)},
         {"name": "draft step with draft_step", "above_first_us": median(1.5)},
         {"name": "device fixed:4", "above_forwards": 0.02, "dtype": "bfloat16"},
+        {"name": "device (chain) fixed:4", "above_forwards": 0.5, "dtype": "bfloat16"},
         {"name": "eager fixed:4", "above_forwards": 2.0, "dtype": "bfloat16"},
     ]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench import roofline
-from speckv.models.fused import ROWS_MAX
+from speckv.models.fused import ROWS_MAX, can_launch_early
 from speckv.models.llama import LlamaDecoder
 from tests.models.conftest import VOCAB
 from tests.models.test_fused import BOUND, FAMILY, build, distance, logits_of
@@ -171,3 +171,31 @@ def test_more_rows_than_the_kernels_take() -> None:
     cache_ = decoder.new_cache(1, 300)
     whole = decoder.forward(text[None], torch.tensor([0], device="cuda"), cache_)
     assert whole.shape == (1, ROWS_MAX + 20, SIZES["vocab_size"]) and whole.isfinite().all()
+
+
+@pytest.mark.parametrize("compression", FORMATS)
+def test_early_launches_change_no_bit(compression: str) -> None:
+    """In a graph, where kernels follow each other closely enough to overlap."""
+    decoder, text = model(compression), ids(316)
+    if not can_launch_early(decoder.device):
+        pytest.skip("needs compute capability 9.0")
+    cache_ = decoder.new_cache(1, 400)
+    decoder.prefill(text[:300], cache_, 0, want_logits=False)
+    start = torch.tensor([300], device="cuda")
+    slots = torch.zeros(1, dtype=torch.int64, device="cuda")
+
+    def forward() -> Tensor:
+        return decoder.forward(text[None, 300:], start, cache_, slots=slots)
+
+    expected = forward().clone()
+    decoder.pdl = True
+    try:
+        forward()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = [forward() for _ in range(4)]
+        for _ in range(1000):
+            graph.replay()
+            assert all(torch.equal(each, expected) for each in found)
+    finally:
+        decoder.pdl = False

@@ -12,7 +12,7 @@ import pytest
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from speckv.kernels import cpu_step, reference
+from speckv.kernels import cpu_step, native, reference
 from speckv.kernels import layout as at
 from speckv.kernels.layout import GAMMA_MAX, StepState
 from speckv.policies import CostTable, parse_policy
@@ -152,8 +152,13 @@ def test_answers_do_not_meddle() -> None:
             assert found.ms[0] == together.ms[i]
 
 
-def test_near_ties_are_decided_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With everything called a near tie, the replay is the reference's alone, and the same."""
+@pytest.mark.parametrize("compiled", [True, False])
+def test_near_ties_are_decided_by_the_loops_own_function(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With everything called a near tie, the replay is that function's alone, and the same."""
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
     trace = made_up_trace(prompts=6, length=30, compressions=("fp32",))
     for seed in (10, 53):
         packed = survival_policy("s", seed).pack("fp32", COST)
