@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from speckv.decoding import EagerLoop, RequestBatch
 from speckv.decoding.lookup import Lookup
+from speckv.kernels import cpu_step, reference
 from speckv.kernels import layout as at
-from speckv.kernels import reference
 from speckv.models.base import CausalModel
 from speckv.policies import CostTable, parse_policy
 from speckv.sampling import SamplingParams
@@ -118,7 +119,8 @@ def acceptance(rows: Sequence[Decoded]) -> float:
 def scripted(script: Sequence[int]) -> Iterator[None]:
     """γ of each step from a list that repeats; request i begins i entries later.
 
-    Stands in for the decision of `reference`, so it holds whatever policy the loop is given.
+    Stands in for the decision of `reference`, which then serves instead of what is compiled, so it
+    holds whatever policy the loop is given.
     """
 
     def decide(policy: Tensor, rows: list[int], running: list[float]) -> bool:
@@ -126,7 +128,11 @@ def scripted(script: Sequence[int]) -> Iterator[None]:
         cap = rows[at.LIMIT] - rows[at.LENGTH] - 1
         return rows[at.DRAFTED] >= min(script[step % len(script)], cap)
 
-    with patch.object(reference, "decide", decide):
+    nothing_compiled = SimpleNamespace(library=lambda: None)
+    with (
+        patch.object(cpu_step, "native", nothing_compiled),
+        patch.object(reference, "decide", decide),
+    ):
         yield
 
 

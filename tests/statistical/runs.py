@@ -168,10 +168,10 @@ class Runs:
 def run(
     setting: Setting, runs: int, operations: object = None, policy: Tensor | None = None
 ) -> Runs:
-    """Decode ``runs`` requests, by the package's own operations or by stand-ins for them."""
+    """Decode ``runs`` requests, by the reference's operations or by stand-ins for them."""
     draft = DRAFT[..., _ID_MAP.long()] if setting.trimmed else DRAFT
     capacity = len(setting.prompt) + LENGTH
-    ops = eager.operations(torch.device("cpu")) if operations is None else operations
+    ops = reference if operations is None else operations
     with patch.object(eager, "operations", return_value=ops):
         loop = EagerLoop(
             TabularModel(TARGET),
