@@ -142,13 +142,22 @@ class CpuAttention:
 
     @torch.inference_mode()
     def _probe(self) -> tuple[int, ...]:
-        """Counts proven at contexts of one, a few and many blocks of ``self.block`` rows."""
+        """Counts proven at contexts of one, a few and many blocks of ``self.block`` rows.
+
+        Libraries cut the sum over the context into parts that depend on its length, up to and
+        beyond `CONTEXT_BLOCK`: so the last positions of every number of blocks are tried, over
+        these and over one more.
+        """
         block, last = self.block, CONTEXT_BLOCK // self.block
         plans = [
             self._probe_at(block - 20, (1, 2, 3, last, last + 1, 2 * last)),
             self._probe_at(CONTEXT_BLOCK - 8, (last + 1, last + 2, 2 * last, 3 * last + 1)),
             self._probe_at(2 * CONTEXT_BLOCK - 20, (2 * last, 2 * last + 1, 3 * last, 4 * last)),
         ]
+        for count in range(2 * last, 0, -1):
+            if not all(plans):
+                return ()
+            plans.append(self._probe_at(count * block - 20, (count, count + 1)))
         return tuple(count for count in plans[0] if all(count in plan for plan in plans))
 
     def _probe_at(self, first_position: int, blocks: tuple[int, ...]) -> tuple[int, ...]:
