@@ -69,7 +69,7 @@ PROBE_EVERY = 6  # after so many steps with γ=0 in a row, draft once; 0: never
 COMPRESSION = 7  # index of the one-hot: fp16 (also bf16, fp32) 0, int8 1, nf4 2
 CANDIDATES = 8  # bit γ set: γ may be chosen by the MLP
 EMA_WEIGHT = 9  # weight of the newest step in ACCEPTANCE
-EXPECTED_ACCEPTANCE = 10  # of the data the MLP was trained on; 0: its predictions are taken as is
+EXPECTED_ACCEPTANCE = 10  # below it the MLP's predictions are scaled down; 0: taken as they are
 MATCHES = 11  # 1: the MLP sees FEATURE_MATCH, so MATCH and MATCH_LENGTH are kept
 TEMPERATURE = 12  # of the requests, on average; 0 is greedy
 HEADER_WORDS = 16

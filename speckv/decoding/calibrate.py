@@ -32,12 +32,13 @@ from .lookup import Lookup, Lookups, draft_matches
 from .prepared import prepared
 from .trained import identify
 
-_VERSION = 6
+_VERSION = 7
 _GAMMAS = tuple(range(WIDTH_MAX))
 _SLOPE_GAMMAS = (0, 1, 2, 4, 8, 15)
 _CONTEXTS = (64, 1024)
 _REPEATS = 7
 _PART_REPEATS = 3
+_CATCH_UP_REPEATS = 21  # a small difference of whole steps
 _PACKAGES = ("speckv", "torch", "triton", "bitsandbytes")
 _REPLAYS = 10  # of a graph, for one time
 
@@ -82,7 +83,7 @@ def measure(target: CausalModel, draft: CausalModel | None, *, graphs: bool = Fa
     contexts = [context for context in _CONTEXTS if context <= longest] or [1]
     steps = _Steps(target, draft, contexts[-1] + WIDTH_MAX)
     turns = _REPEATS + 1
-    rounds = 2 * turns + (_PART_REPEATS + 1 if len(contexts) == 1 else turns + _PART_REPEATS + 1)
+    rounds = turns * len(contexts) + _PART_REPEATS + 1 + _CATCH_UP_REPEATS + 1
     with SlowProgress("Measuring costs", rounds) as progress:
 
         def medians(calls: Sequence[Callable[[], None]], repeats: int = _REPEATS) -> list[float]:
@@ -108,7 +109,7 @@ def measure(target: CausalModel, draft: CausalModel | None, *, graphs: bool = Fa
                 late = steps.of(1, contexts[0], catching_up=rows)
             else:
                 late = steps.of(1, contexts[0], first_rows=rows)
-            few, many = medians([usual, late])
+            few, many = medians([usual, late], _CATCH_UP_REPEATS)
             catch_up_ms = max(many - few, 0.0) / (1 if graphs else rows - 2)
     lookup_ms = _lookup_ms(target) if draft is None else 0.0
     at_zero = [

@@ -21,7 +21,7 @@ from ..policies.policy import mlp_policy
 SHIPPED = "policy.safetensors"
 """Name of the policy in the folder of a draft that comes with the package."""
 
-FALLBACK = "the paper's MLP, scaled by the pair's own record"
+FALLBACK = "the default pair's MLP, scaled by this pair's own record"
 """What the policy ``speckv`` is for a pair that none was trained for."""
 
 _warned: set[str] = set()

@@ -27,7 +27,9 @@ from .cost import CostTable
 from .mlp import Mlp
 
 EMA_WEIGHT = 0.2
-_PROBE_EVERY = 32  # a draft token in 33 steps: with a useless draft it costs 0.4 to 0.7%
+_PROBE_EVERY = 32  # at least so many steps with γ=0 before a draft token that finds out
+_PROBE_SHARE = 0.004  # of the time at most, where a draft token is dear beside a step
+_DEFAULT_PAIR = "data/drafts/smollm2-135m-instruct/policy.safetensors"
 COMPRESSION_INDEX = {"fp32": 0, "fp16": 0, "bf16": 0, "int8": 1, "nf4": 2}
 _EXPECTED = "fixed:K, entropy:T, confidence:T, paper, speckv or file:PATH"
 
@@ -53,8 +55,8 @@ class Policy:
     candidates : tuple of int
         The γ that the MLP chooses from.
     expected_acceptance : float
-        Mean acceptance rate of the MLP's training data, if they are those of another pair of
-        models: a pair that accepts less has its predictions scaled down. 0: no scaling.
+        What an MLP trained on another pair of models takes for granted: a pair whose record of
+        acceptance is below has its predictions scaled down. 0: no scaling.
     trained : bool
         Whether it was trained on traces of the very pair that it decides for.
     """
@@ -128,6 +130,8 @@ class Policy:
             buffer[at.COST_PER_TOKEN : at.COST_PER_TOKEN + at.WIDTH_MAX] = torch.tensor(
                 cost.step_ms_per_context_token
             )
+            probe = cost.step_ms[1] / cost.step_ms[0] - 1  # what one costs, in plain steps
+            buffer[at.PROBE_EVERY] = max(_PROBE_EVERY, round(probe / _PROBE_SHARE))
             buffer[at.RATE] = self._rate(compression, cost, temperature) if rate is None else rate
         return buffer
 
@@ -164,10 +168,9 @@ def parse_policy(name: str | Policy) -> Policy:
     if name == "paper":
         return mlp_policy(name, shipped_mlp("paper"))
     if name == "speckv":
-        mlp = shipped_mlp("paper")
-        return replace(
-            mlp_policy(name, mlp, rate=True), expected_acceptance=float(mlp.card["mean_acceptance"])
-        )
+        mlp = default_pair_mlp()
+        usual = float(mlp.card["acceptance_lower_quartile"])
+        return replace(mlp_policy(name, replace(mlp, records={})), expected_acceptance=usual)
     raise ValueError(f"policy: expected {_EXPECTED}, got {name!r}")
 
 
@@ -178,12 +181,19 @@ def shipped_mlp(name: str) -> Mlp:
         return Mlp.load(path)
 
 
-def mlp_policy(name: str, mlp: Mlp, rate: bool = False) -> Policy:
+@cache
+def default_pair_mlp() -> Mlp:
+    """The MLP that was trained for the default target and its draft."""
+    with as_file(files(__package__.partition(".")[0]) / _DEFAULT_PAIR) as path:
+        return Mlp.load(path)
+
+
+def mlp_policy(name: str, mlp: Mlp) -> Policy:
     """The policy of an MLP.
 
     The paper chooses among the γ it measured; the rate objective among all up to those.
     """
-    rate = rate or mlp.layout == at.LAYOUT_SURVIVAL
+    rate = mlp.layout == at.LAYOUT_SURVIVAL
     largest = max(mlp.gammas)
     candidates: Iterable[int] = range(largest + 1) if rate else mlp.gammas
     return Policy(

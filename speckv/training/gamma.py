@@ -235,8 +235,9 @@ def train_gamma(
             "calibration": calibration(mlp, checked),
         },
     }
-    records = _records(mlp, [cell.where(prompts) for cell in cells])
-    return Trained(replace(mlp, card=card, records=records), over)
+    cells = [cell.where(prompts) for cell in cells]
+    card["acceptance_lower_quartile"] = _acceptance_quartile(mlp, cells)
+    return Trained(replace(mlp, card=card, records=_records(mlp, cells)), over)
 
 
 def fit(train: Decisions, validation: Decisions, recipe: GammaRecipe, seed: int) -> Mlp:
@@ -357,6 +358,14 @@ def _records(mlp: Mlp, cells: Sequence[Cell]) -> dict[tuple[int, float], Record]
         gain = own.tokens_per_second / 1e3 / record.rate(cell.cost)
         records[place] = replace(record, gain=gain)
     return records
+
+
+def _acceptance_quartile(mlp: Mlp, cells: Sequence[Cell]) -> float:
+    """What the record of acceptance is above at three of four decisions."""
+    policy = mlp_policy("trained", mlp)
+    found = [decisions(cell.trace, reach(policy, cell)[1]) for cell in cells]
+    records = np.concatenate([each.features[:, at.FEATURE_ACCEPTANCE] for each in found])
+    return float(np.quantile(records, 0.25))
 
 
 def _tensors(examples: Decisions) -> tuple[Tensor, Tensor, Tensor]:

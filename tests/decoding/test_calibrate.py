@@ -55,9 +55,9 @@ def test_a_table_of_whole_steps(graphs: bool, captured: list[Replayed]) -> None:
     assert list(table.step_ms) == sorted(table.step_ms)
     assert table.parts is not None and len(table.parts.verify_ms) == WIDTH_MAX
     assert len(captured) == (50 if graphs else 0), "each γ, its parts, two of catching up"
-    turns = {calibrate._REPEATS + 1, calibrate._PART_REPEATS + 1}
+    repeats = calibrate._REPEATS, calibrate._PART_REPEATS, calibrate._CATCH_UP_REPEATS
     assert {graph.replays // calibrate._REPLAYS for graph in captured} == (
-        turns if graphs else set()
+        {n + 1 for n in repeats} if graphs else set()
     )
 
 

@@ -93,6 +93,7 @@ def mlp(mlp_layout: int, objective: int, seed: int) -> Tensor:
     )
     policy[at.COST : at.COST + at.WIDTH_MAX] = torch.arange(16.0)
     policy[at.RATE], policy[at.PROBE_EVERY], policy[at.COMPRESSION] = 0.3, 4, seed % 3
+    policy[at.EXPECTED_ACCEPTANCE] = 0.7 * (objective == at.OBJECTIVE_RATE)
     policy[at.CANDIDATES] = float(
         sum(1 << g for g in ((2, 4, 6, 8) if mlp_layout == at.LAYOUT_PAPER else (0, 1, 3, 5)))
     )

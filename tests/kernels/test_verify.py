@@ -137,11 +137,13 @@ def test_large_vocabulary(mode: str) -> None:
 
 @pytest.mark.parametrize("layout", [at.LAYOUT_SURVIVAL, at.LAYOUT_PAPER])
 @pytest.mark.parametrize("objective", [at.OBJECTIVE_TOKENS, at.OBJECTIVE_RATE])
-def test_decision_of_the_next_step(layout: int, objective: int) -> None:
+@pytest.mark.parametrize("expected_acceptance", [0.0, 0.7])
+def test_decision_of_the_next_step(layout: int, objective: int, expected_acceptance: float) -> None:
     logits, state, arguments = verify_case(17, 4, 7, torch.float32, "greedy", 0.8, seed=8)
     state.running[::4, at.LAST_ENTROPY] = -1.0
     generator = torch.Generator().manual_seed(21)
     policy = mlp_policy(generator, layout, objective)
+    policy[at.EXPECTED_ACCEPTANCE] = expected_acceptance
     compare(logits, state, policy, **arguments)
 
 

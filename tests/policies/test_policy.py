@@ -18,7 +18,7 @@ from speckv.kernels import layout as at
 from speckv.kernels import reference
 from speckv.policies import CostTable, Mlp, parse_policy
 from speckv.policies.mlp import FORMAT, VERSION, Record
-from speckv.policies.policy import mlp_policy, shipped_mlp
+from speckv.policies.policy import default_pair_mlp, mlp_policy
 
 COST = CostTable.from_parts(0.5, [2.0 + 0.1 * width for width in range(16)], 0.25, 0.001, 0.002)
 
@@ -91,11 +91,28 @@ def test_speckv_maximises_the_rate_and_may_choose_nothing() -> None:
         policy.pack()
     packed = policy.pack("nf4", COST)
     assert packed[at.OBJECTIVE] == at.OBJECTIVE_RATE and packed[at.COMPRESSION] == 2
-    assert int(packed[at.CANDIDATES]) == 0b1_1111_1111
+    assert int(packed[at.CANDIDATES]) == 0xFFFF
     assert packed[at.RATE] == pytest.approx(1 / 2.0)
     assert packed[at.COST].item() == pytest.approx(2.0)
     assert packed[at.COST + 3].item() == pytest.approx(1.5 + 2.3 + 0.25)
     assert packed[at.COST_PER_TOKEN + 3].item() == pytest.approx(0.003 + 0.002)
+
+
+def test_an_untrained_pair_has_no_record_and_what_was_learned_of_another() -> None:
+    policy, other = parse_policy("speckv"), default_pair_mlp()
+    assert not policy.trained and policy.mlp is not None and not policy.mlp.records
+    assert other.records and policy.mlp.tensors.keys() == other.tensors.keys()
+    for name, tensor in other.tensors.items():
+        assert torch.equal(policy.mlp.tensors[name], tensor)
+
+
+@pytest.mark.parametrize(("draft_ms", "steps"), [(0.1, 32), (1.0, 125), (10.0, 1250)])
+def test_a_dear_draft_is_tried_again_less_often(draft_ms: float, steps: int) -> None:
+    """A draft token in so many plain steps takes at most 0.4% of the time."""
+    cost = CostTable.from_parts(draft_ms, [2.0] * 16)
+    packed = parse_policy("speckv").pack("fp32", cost)
+    assert packed[at.PROBE_EVERY] == steps
+    assert parse_policy("paper").pack()[at.PROBE_EVERY] == 32
 
 
 def test_a_cost_table_is_whole_and_positive() -> None:
@@ -227,22 +244,26 @@ def decision(packed: Tensor, acceptance: float) -> int:
 
 
 def test_speckv_does_not_trust_signals_that_the_record_belies() -> None:
-    packed = parse_policy("speckv").pack("fp16", COST)
-    assert decision(packed, acceptance=0.9) >= 4
+    policy = parse_policy("speckv")
+    packed = policy.pack("fp16", COST)
+    assert 0.1 < policy.expected_acceptance < 0.4
+    assert decision(packed, acceptance=0.6) >= 2
     assert decision(packed, acceptance=0.01) == 0
+    believing = replace(policy, expected_acceptance=0.0).pack("fp16", COST)
+    assert decision(believing, acceptance=0.01) > 0
     paper = parse_policy("paper").pack("fp16")
     assert decision(paper, acceptance=0.01) == decision(paper, acceptance=0.9) == 8
 
 
 def test_lambda_is_that_of_the_nearest_temperature() -> None:
-    mlp = shipped_mlp("paper")
+    mlp = default_pair_mlp()
     curve = tuple(0.5**k for k in range(1, at.WIDTH_MAX))
     records = {
         (place, temperature): Record(curve, 100.0, 1.0 + temperature + 10 * place)
         for place in (0, 2)
         for temperature in (0.0, 0.7, 1.0)
     }
-    policy = mlp_policy("trained", replace(mlp, records=records), rate=True)
+    policy = mlp_policy("trained", replace(mlp, records=records))
     for asked, found in ((0.0, 0.0), (0.3, 0.0), (0.35, 0.0), (0.4, 0.7), (0.9, 1.0), (2.0, 1.0)):
         for compression, place in (("bf16", 0), ("nf4", 2)):
             packed = policy.pack(compression, COST, temperature=asked)

@@ -14,6 +14,7 @@ from speckv.policies.mlp import Mlp
 from speckv.policies.policy import mlp_policy
 from speckv.traces.baselines import Static
 from speckv.traces.calibration import survival
+from speckv.traces.decisions import decisions
 from speckv.traces.packed import PackedController
 from speckv.traces.replay import replay
 from speckv.traces.schema import Trace
@@ -121,6 +122,16 @@ def test_the_record_gives_the_rate_that_was_reached(trained: Trained, cells: lis
     twice = CostTable(tuple(2 * ms for ms in COST.step_ms), COST.step_ms_per_context_token)
     slow = policy.pack(cell.compression, twice)
     assert float(slow[at.RATE]) == pytest.approx(rate / 2, rel=5e-3)
+
+
+def test_what_it_takes_for_granted_of_acceptance_is_in_the_card(
+    trained: Trained, cells: list[Cell]
+) -> None:
+    policy = mlp_policy("trained", trained.mlp)
+    own = [cell.where(TRAINING) for cell in cells]
+    kept = [decisions(c.trace, reach(policy, c)[1]).features[:, at.FEATURE_ACCEPTANCE] for c in own]
+    above = np.concatenate(kept) >= trained.mlp.card["acceptance_lower_quartile"]
+    assert above.mean() == pytest.approx(0.75, abs=0.02)
 
 
 def test_the_validation_is_in_the_card(trained: Trained) -> None:
