@@ -6,18 +6,18 @@ The answers are those to prompts that speckv train, by default, leaves to judge 
 under every policy and plainly, in an order that rotates from answer to answer, after a warm-up.
 Tokens must be those of the trace and steps those of the replay, or no number is printed. Live
 tokens per second are of the decoding steps (drafting, verification and decisions; no prefill), as
-the replay's are. Costs are the trace's, or measured anew.
+the replay's are. Costs are the trace's; with ``--measure N`` they are measured anew, N times amid
+the run, each for the answers that follow: a machine shared with others does not keep its pace.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from bench.environment import command, environment, write_json
 from speckv import Engine, Result, SamplingParams
@@ -33,11 +33,19 @@ PLAIN = "fixed:0"
 _WARM_UP_TOKENS = 16
 _TRAIN_SHARE, _SPLIT_SEED = 0.5, 0  # the defaults of speckv train and replay
 
+Costs = Callable[[], CostTable]
+"""Those of a step on this machine, now."""
+
 
 def measure(
-    engine: Engine, trace: Trace, policies: Sequence[str], cost: CostTable
+    engine: Engine, trace: Trace, policies: Sequence[str], costs: Sequence[Costs]
 ) -> dict[str, Any]:
     """Decode a trace's answers, which are of the engine's compression.
+
+    Parameters
+    ----------
+    costs : sequence of callable
+        Each is called once, and prices its share of the answers, which are decoded next.
 
     Raises
     ------
@@ -45,6 +53,32 @@ def measure(
         Tokens are not the trace's, or steps not the replay's.
     """
     names = list(dict.fromkeys((PLAIN, *policies)))
+    found: dict[str, list[tuple[Replayed, float]]] = {name: [] for name in names}
+    tables = []
+    for turn, ask in enumerate(costs):
+        share = frozenset(trace.answers[turn :: len(costs)])
+        tables.append(ask())
+        part = trace.where(lambda a, share=share: a in share)  # type: ignore[misc]
+        for name, pair in _measure(engine, part, names, tables[-1]).items():
+            found[name].append(pair)
+    return {
+        "benchmark": "replay",
+        "engine": engine.describe(),
+        "command": command(),
+        "compression": engine.target.compression,
+        "temperature": trace.mean_temperature,
+        "costs": [cost.to_dict() for cost in tables],
+        "answers": len(trace.answers),
+        "tokens": sum(int(part.tokens.sum()) for part, _ in found[PLAIN]),
+        "policies": {name: _row(parts) for name, parts in found.items()},
+        "environment": environment(),
+    }
+
+
+def _measure(
+    engine: Engine, trace: Trace, names: list[str], cost: CostTable
+) -> dict[str, tuple[Replayed, float]]:
+    """What replays say of answers, and the seconds that their steps take."""
     engine._cost = cost  # what the policies weigh must be what the replay weighs
     replayed = {
         name: replay(
@@ -57,26 +91,15 @@ def measure(
     for name in names:
         prompt = list(trace.answers[0].prompt_tokens)
         engine.generate(prompt, SamplingParams(max_new_tokens=_WARM_UP_TOKENS), policy=name)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    seconds = dict.fromkeys(names, 0.0)
     for i, answer in enumerate(trace.answers):
         shift = i % len(names)
         for name in names[shift:] + names[:shift]:
             result = engine.generate(list(answer.prompt_tokens), _params(answer), policy=name)
             check(trace, i, name, result, replayed[name])
             parts = result.stats.seconds
-            seconds[name].append(parts["draft"] + parts["verify"] + parts["decision"])
-    return {
-        "benchmark": "replay",
-        "engine": engine.describe(),
-        "command": command(),
-        "compression": engine.target.compression,
-        "temperature": trace.mean_temperature,
-        "cost": cost.to_dict(),
-        "answers": len(trace.answers),
-        "tokens": int(replayed[PLAIN].tokens.sum()),
-        "policies": {name: _row(replayed[name], seconds[name]) for name in names},
-        "environment": environment(),
-    }
+            seconds[name] += parts["draft"] + parts["verify"] + parts["decision"]
+    return {name: (replayed[name], seconds[name]) for name in names}
 
 
 def _controller(name: str, trace: Trace, compression: str, cost: CostTable) -> PackedController:
@@ -110,13 +133,16 @@ def _params(answer: Answer) -> SamplingParams:
     )
 
 
-def _row(replayed: Replayed, seconds: list[float]) -> dict[str, Any]:
-    live = float(replayed.tokens.sum() / np.sum(seconds))
+def _row(parts: Sequence[tuple[Replayed, float]]) -> dict[str, Any]:
+    tokens = sum(int(replayed.tokens.sum()) for replayed, _ in parts)
+    steps = sum(int(replayed.steps.sum()) for replayed, _ in parts)
+    said = tokens / sum(float(replayed.ms.sum()) for replayed, _ in parts) * 1e3
+    live = tokens / sum(seconds for _, seconds in parts)
     return {
-        "replayed_tokens_per_second": replayed.tokens_per_second,
+        "replayed_tokens_per_second": said,
         "live_tokens_per_second": live,
-        "replayed_over_live": replayed.tokens_per_second / live,
-        "tokens_per_step": replayed.tokens_per_step,
+        "replayed_over_live": said / live,
+        "tokens_per_step": tokens / steps,
     }
 
 
@@ -134,7 +160,9 @@ def main() -> None:
         default=20,
         help="so many of the held-out prompts, spread over the tasks",
     )
-    parser.add_argument("--measure", action="store_true", help="measure costs anew")
+    parser.add_argument(
+        "--measure", type=int, default=0, metavar="N", help="measure costs anew, N times"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     kind = (arguments.compression, arguments.temperature)
@@ -147,10 +175,10 @@ def main() -> None:
     engine = Engine.from_pretrained(
         arguments.target, arguments.draft, compression=arguments.compression
     )
-    cost = trace.info.costs[arguments.compression]
+    costs: list[Costs] = [partial(trace.info.costs.__getitem__, arguments.compression)]
     if arguments.measure:
-        cost = measure_costs(engine.target, engine.draft)
-    document = measure(engine, trace, arguments.policies.split(","), cost)
+        costs = [partial(measure_costs, engine.target, engine.draft)] * arguments.measure
+    document = measure(engine, trace, arguments.policies.split(","), costs)
     for name, row in document["policies"].items():
         print(
             f"{name:18} replayed {row['replayed_tokens_per_second']:.1f} tokens/s, live "
