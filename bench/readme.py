@@ -117,8 +117,10 @@ def _paragraph(text: str) -> str:
 
 def _unseen(row: Mapping[str, Any]) -> str:
     """What the command says of the prompts left out."""
-    left_out = "--skip" in str(row.get("command"))
-    return ", none of those that policies were chosen by" if left_out else ""
+    said = str(row.get("command"))
+    if "--skip" in said:
+        return ", none of those that policies were chosen by"
+    return ", none of those that `speckv` was trained on" if "--held-out" in said else ""
 
 
 def _pair_cells(row: Mapping[str, Any]) -> str:
