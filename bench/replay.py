@@ -165,6 +165,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
+    if not 0 <= arguments.measure <= arguments.answers:
+        parser.error(f"--measure: expected 0 to {arguments.answers}, got {arguments.measure}")
     kind = (arguments.compression, arguments.temperature)
     trace = read_trace(arguments.trace)
     known = split_prompts(trace, _TRAIN_SHARE, _SPLIT_SEED)

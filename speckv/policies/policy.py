@@ -28,7 +28,7 @@ from .mlp import Mlp
 
 EMA_WEIGHT = 0.2
 _PROBE_EVERY = 32  # at least so many steps with γ=0 before a draft token that finds out
-_PROBE_SHARE = 0.004  # of the time at most, where a draft token is dear beside a step
+_PROBE_SHARE = 0.004  # of the time at most, catching up aside, where a draft token is dear
 _DEFAULT_PAIR = "data/drafts/smollm2-135m-instruct/policy.safetensors"
 COMPRESSION_INDEX = {"fp32": 0, "fp16": 0, "bf16": 0, "int8": 1, "nf4": 2}
 _EXPECTED = "fixed:K, entropy:T, confidence:T, paper, speckv or file:PATH"
@@ -170,7 +170,8 @@ def parse_policy(name: str | Policy) -> Policy:
     if name == "speckv":
         mlp = default_pair_mlp()
         usual = float(mlp.card["acceptance_lower_quartile"])
-        return replace(mlp_policy(name, replace(mlp, records={})), expected_acceptance=usual)
+        blank = replace(mlp, card={}, records={})  # those are of another pair
+        return replace(mlp_policy(name, blank), expected_acceptance=usual)
     raise ValueError(f"policy: expected {_EXPECTED}, got {name!r}")
 
 

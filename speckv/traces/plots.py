@@ -71,8 +71,9 @@ def _gamma_over_time(study: Study, axes: Any) -> None:
 
 def _calibration(study: Study, axes: Any) -> None:
     """By temperature, over all compressions."""
-    mlp = resolve(OURS, study.trace).mlp
-    if mlp is None or mlp.layout != at.LAYOUT_SURVIVAL:
+    policy = resolve(OURS, study.trace)
+    mlp = policy.mlp
+    if mlp is None or not policy.trained:
         axes.set_title("no policy was trained for this pair")
     else:
         for colour, temperature in zip(_COLOURS, study.temperatures, strict=False):

@@ -101,6 +101,7 @@ def test_speckv_maximises_the_rate_and_may_choose_nothing() -> None:
 def test_an_untrained_pair_has_no_record_and_what_was_learned_of_another() -> None:
     policy, other = parse_policy("speckv"), default_pair_mlp()
     assert not policy.trained and policy.mlp is not None and not policy.mlp.records
+    assert not policy.mlp.card, "its prompts were another pair's: none is refused for them"
     assert other.records and policy.mlp.tensors.keys() == other.tensors.keys()
     for name, tensor in other.tensors.items():
         assert torch.equal(policy.mlp.tensors[name], tensor)

@@ -60,6 +60,12 @@ def study(trace: Trace) -> Study:
     return Study(trace, costs, compare(trace, costs, POLICIES), split_prompts(trace, 0.5, 0))
 
 
+def test_another_pairs_predictions_are_not_shown_as_its_own(study: Study) -> None:
+    axes = axes_of(study, "calibration")
+    assert axes.get_title() == "no policy was trained for this pair"
+    assert len(axes.lines) == 1, "the diagonal alone"
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_page_holds_everything(path: Path, tmp_path: Path, trained: bool) -> None:
     if trained:
