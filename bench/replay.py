@@ -165,8 +165,6 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
-    if not 0 <= arguments.measure <= arguments.answers:
-        parser.error(f"--measure: expected 0 to {arguments.answers}, got {arguments.measure}")
     kind = (arguments.compression, arguments.temperature)
     trace = read_trace(arguments.trace)
     known = split_prompts(trace, _TRAIN_SHARE, _SPLIT_SEED)
@@ -174,6 +172,8 @@ def main() -> None:
         lambda a: (a.compression, a.temperature) == kind and a.prompt_id not in known
     )
     trace = _some(held_out, arguments.answers)
+    if not 0 <= arguments.measure <= len(trace.answers):
+        parser.error(f"--measure: expected 0 to {len(trace.answers)}, got {arguments.measure}")
     engine = Engine.from_pretrained(
         arguments.target, arguments.draft, compression=arguments.compression
     )

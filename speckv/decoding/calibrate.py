@@ -83,7 +83,9 @@ def measure(target: CausalModel, draft: CausalModel | None, *, graphs: bool = Fa
     contexts = [context for context in _CONTEXTS if context <= longest] or [1]
     steps = _Steps(target, draft, contexts[-1] + WIDTH_MAX)
     turns = _REPEATS + 1
-    rounds = turns * len(contexts) + _PART_REPEATS + 1 + _CATCH_UP_REPEATS + 1
+    rows = min(WIDTH_MAX, contexts[0])
+    catches_up = draft is not None and rows > 2
+    rounds = turns * len(contexts) + _PART_REPEATS + 1 + catches_up * (_CATCH_UP_REPEATS + 1)
     with SlowProgress("Measuring costs", rounds) as progress:
 
         def medians(calls: Sequence[Callable[[], None]], repeats: int = _REPEATS) -> list[float]:
@@ -102,8 +104,7 @@ def measure(target: CausalModel, draft: CausalModel | None, *, graphs: bool = Fa
         bare = [steps.of(g, contexts[0], drafting=False, verifying=False) for g in _GAMMAS]
         parts = medians([*without, *bare], _PART_REPEATS)
         catch_up_ms, block = 0.0, WIDTH_MAX if graphs else 1
-        rows = min(WIDTH_MAX, contexts[0])
-        if draft is not None and rows > 2:
+        if catches_up:
             usual = steps.of(1, contexts[0])
             if graphs:
                 late = steps.of(1, contexts[0], catching_up=rows)

@@ -95,7 +95,7 @@ class Mlp:
         How it was trained: data, seeds, metrics. JSON values.
     records : mapping of (int, float) to Record
         By compression, as its place in the inputs' one-hot, and temperature; empty for a policy of
-        no trace.
+        no trace, or of another pair's.
     """
 
     layout: int

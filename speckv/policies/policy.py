@@ -29,7 +29,10 @@ from .mlp import Mlp
 EMA_WEIGHT = 0.2
 _PROBE_EVERY = 32  # at least so many steps with γ=0 before a draft token that finds out
 _PROBE_SHARE = 0.004  # of the time at most, catching up aside, where a draft token is dear
-_DEFAULT_PAIR = "data/drafts/smollm2-135m-instruct/policy.safetensors"
+_SHIPPED = {
+    "paper": "policies/data/paper.safetensors",
+    "speckv": "data/drafts/smollm2-135m-instruct/policy.safetensors",
+}
 COMPRESSION_INDEX = {"fp32": 0, "fp16": 0, "bf16": 0, "int8": 1, "nf4": 2}
 _EXPECTED = "fixed:K, entropy:T, confidence:T, paper, speckv or file:PATH"
 
@@ -168,7 +171,7 @@ def parse_policy(name: str | Policy) -> Policy:
     if name == "paper":
         return mlp_policy(name, shipped_mlp("paper"))
     if name == "speckv":
-        mlp = default_pair_mlp()
+        mlp = shipped_mlp(name)
         usual = float(mlp.card["acceptance_lower_quartile"])
         blank = replace(mlp, card={}, records={})  # those are of another pair
         return replace(mlp_policy(name, blank), expected_acceptance=usual)
@@ -177,15 +180,8 @@ def parse_policy(name: str | Policy) -> Policy:
 
 @cache
 def shipped_mlp(name: str) -> Mlp:
-    """The MLP that ships with the package under that name."""
-    with as_file(files(__package__) / "data" / f"{name}.safetensors") as path:
-        return Mlp.load(path)
-
-
-@cache
-def default_pair_mlp() -> Mlp:
-    """The MLP that was trained for the default target and its draft."""
-    with as_file(files(__package__.partition(".")[0]) / _DEFAULT_PAIR) as path:
+    """The MLP that ships with the package: ``paper``, or ``speckv``, the default pair's."""
+    with as_file(files(__package__.partition(".")[0]) / _SHIPPED[name]) as path:
         return Mlp.load(path)
 
 

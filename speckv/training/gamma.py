@@ -235,9 +235,10 @@ def train_gamma(
             "calibration": calibration(mlp, checked),
         },
     }
-    cells = [cell.where(prompts) for cell in cells]
-    card["acceptance_lower_quartile"] = _acceptance_quartile(mlp, cells)
-    return Trained(replace(mlp, card=card, records=_records(mlp, cells)), over)
+    policy, cells = mlp_policy("trained", mlp), [cell.where(prompts) for cell in cells]
+    runs = [(cell, reach(policy, cell)[1]) for cell in cells]
+    card["acceptance_lower_quartile"] = _acceptance_quartile(runs)
+    return Trained(replace(mlp, card=card, records=_records(runs)), over)
 
 
 def fit(train: Decisions, validation: Decisions, recipe: GammaRecipe, seed: int) -> Mlp:
@@ -339,11 +340,10 @@ def _gains(
     return gains
 
 
-def _records(mlp: Mlp, cells: Sequence[Cell]) -> dict[tuple[int, float], Record]:
-    """Of each compression and temperature."""
-    policy = mlp_policy("trained", mlp)
+def _records(runs: Sequence[tuple[Cell, Replayed]]) -> dict[tuple[int, float], Record]:
+    """Of each compression and temperature, from what the policy did on its answers."""
     records: dict[tuple[int, float], Record] = {}
-    for cell in cells:
+    for cell, own in runs:
         place = COMPRESSION_INDEX[cell.compression], cell.temperature
         if place in records:  # of a weight format that counts as another
             continue
@@ -352,7 +352,6 @@ def _records(mlp: Mlp, cells: Sequence[Cell]) -> dict[tuple[int, float], Record]
         places = np.concatenate([np.arange(n) for n in trace.lengths])
         prompts = np.array([len(a.prompt_tokens) for a in trace.answers])
         context = (places + np.repeat(prompts, trace.lengths)).mean()
-        own = reach(policy, cell)[1]
         curve = tuple(float((accepted >= k).mean()) for k in range(1, WIDTH_MAX))
         record = Record(curve, float(context), 1.0)
         gain = own.tokens_per_second / 1e3 / record.rate(cell.cost)
@@ -360,10 +359,9 @@ def _records(mlp: Mlp, cells: Sequence[Cell]) -> dict[tuple[int, float], Record]
     return records
 
 
-def _acceptance_quartile(mlp: Mlp, cells: Sequence[Cell]) -> float:
+def _acceptance_quartile(runs: Sequence[tuple[Cell, Replayed]]) -> float:
     """What the record of acceptance is above at three of four decisions."""
-    policy = mlp_policy("trained", mlp)
-    found = [decisions(cell.trace, reach(policy, cell)[1]) for cell in cells]
+    found = [decisions(cell.trace, own) for cell, own in runs]
     records = np.concatenate([each.features[:, at.FEATURE_ACCEPTANCE] for each in found])
     return float(np.quantile(records, 0.25))
 

@@ -18,7 +18,7 @@ from speckv.kernels import layout as at
 from speckv.kernels import reference
 from speckv.policies import CostTable, Mlp, parse_policy
 from speckv.policies.mlp import FORMAT, VERSION, Record
-from speckv.policies.policy import default_pair_mlp, mlp_policy
+from speckv.policies.policy import mlp_policy, shipped_mlp
 
 COST = CostTable.from_parts(0.5, [2.0 + 0.1 * width for width in range(16)], 0.25, 0.001, 0.002)
 
@@ -99,7 +99,7 @@ def test_speckv_maximises_the_rate_and_may_choose_nothing() -> None:
 
 
 def test_an_untrained_pair_has_no_record_and_what_was_learned_of_another() -> None:
-    policy, other = parse_policy("speckv"), default_pair_mlp()
+    policy, other = parse_policy("speckv"), shipped_mlp("speckv")
     assert not policy.trained and policy.mlp is not None and not policy.mlp.records
     assert not policy.mlp.card, "its prompts were another pair's: none is refused for them"
     assert other.records and policy.mlp.tensors.keys() == other.tensors.keys()
@@ -257,7 +257,7 @@ def test_speckv_does_not_trust_signals_that_the_record_belies() -> None:
 
 
 def test_lambda_is_that_of_the_nearest_temperature() -> None:
-    mlp = default_pair_mlp()
+    mlp = shipped_mlp("speckv")
     curve = tuple(0.5**k for k in range(1, at.WIDTH_MAX))
     records = {
         (place, temperature): Record(curve, 100.0, 1.0 + temperature + 10 * place)
