@@ -29,6 +29,7 @@ from .mlp import Mlp
 EMA_WEIGHT = 0.2
 _PROBE_EVERY = 32  # at least so many steps with γ=0 before a draft token that finds out
 _PROBE_SHARE = 0.004  # of the time at most, catching up aside, where a draft token is dear
+_MARGIN = 1.25  # predictions of another pair must promise that much more than they cost
 _SHIPPED = {
     "paper": "policies/data/paper.safetensors",
     "speckv": "data/drafts/smollm2-135m-instruct/policy.safetensors",
@@ -102,7 +103,8 @@ class Policy:
             Costs of a step on this machine. λ, which should be the rate achieved, comes from the
             record of an MLP trained on traces of this compression, at the nearest temperature. For
             any other it is that of plain decoding, a lower bound: γ errs upwards where speculation
-            pays, and a draft that its own predictions do not support is not used.
+            pays, and a draft that its own predictions do not support is not used. Predictions of
+            another pair's MLP must promise a quarter more than that.
         temperature : float
             Of the requests, on average.
         rate : float, optional
@@ -141,7 +143,9 @@ class Policy:
     def _rate(self, compression: str, cost: CostTable, temperature: float) -> float:
         assert self.mlp is not None
         record = self.mlp.record(COMPRESSION_INDEX[compression], temperature)
-        return 1.0 / cost.step_ms[0] if record is None else record.rate(cost)
+        if record is not None:
+            return record.rate(cost)
+        return (_MARGIN if self.expected_acceptance else 1.0) / cost.step_ms[0]
 
 
 def parse_policy(name: str | Policy) -> Policy:

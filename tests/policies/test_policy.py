@@ -92,7 +92,7 @@ def test_speckv_maximises_the_rate_and_may_choose_nothing() -> None:
     packed = policy.pack("nf4", COST)
     assert packed[at.OBJECTIVE] == at.OBJECTIVE_RATE and packed[at.COMPRESSION] == 2
     assert int(packed[at.CANDIDATES]) == 0xFFFF
-    assert packed[at.RATE] == pytest.approx(1 / 2.0)
+    assert packed[at.RATE] == pytest.approx(1.25 / 2.0)
     assert packed[at.COST].item() == pytest.approx(2.0)
     assert packed[at.COST + 3].item() == pytest.approx(1.5 + 2.3 + 0.25)
     assert packed[at.COST_PER_TOKEN + 3].item() == pytest.approx(0.003 + 0.002)
