@@ -108,16 +108,21 @@ def test_the_oracle_charges_plain_steps_for_what_they_leave() -> None:
 def least_ms(trace: Trace, cost: CostTable, place: int) -> float:
     """By trying every γ everywhere."""
     length, limit = int(trace.lengths[0]), trace.answers[0].limit
-    if place >= length:
-        return 0.0
-    context = len(trace.answers[0].prompt_tokens) + place
-    accepted = int(trace.rows.accepted[place])
-    return min(
-        cost.step_ms[g]
-        + cost.step_ms_per_context_token[g] * context
-        + least_ms(trace, cost, min(place + min(g, accepted) + 1, length))
-        for g in range(min(GAMMA_MAX, limit - place - 1) + 1)
-    )
+
+    @cache
+    def least(place: int) -> float:
+        if place >= length:
+            return 0.0
+        context = len(trace.answers[0].prompt_tokens) + place
+        accepted = int(trace.rows.accepted[place])
+        return min(
+            cost.step_ms[g]
+            + cost.step_ms_per_context_token[g] * context
+            + least(min(place + min(g, accepted) + 1, length))
+            for g in range(min(GAMMA_MAX, limit - place - 1) + 1)
+        )
+
+    return least(place)
 
 
 @pytest.mark.parametrize("seed", range(8))
