@@ -112,3 +112,20 @@ def test_smollm2(compression: str, smollm2: Any) -> None:
     widths = [(width, 1, 64) for width in range(1, 17)]
     batches = [(5, batch, 600) for batch in (2, 4, 8)]
     assert_invariant(model, ids, 20, widths + batches)
+
+
+@pytest.mark.slow
+@pytest.mark.model
+@pytest.mark.parametrize("compression", ["bf16", "int8", "nf4"])
+def test_smollm2_at_every_context(compression: str, smollm2: Any) -> None:
+    """Attention sums a context block by block: no number of rows in the last one is special."""
+    model, tokenizer = smollm2(compression)
+    text = "The steam engine changed how goods were made, moved and sold. " * 60
+    ids = torch.tensor(tokenizer(text)["input_ids"])[:656]
+    cache = model.new_cache(1, ids.shape[0])
+    alone = [model.forward(ids[None, i : i + 1], [i], cache)[0, 0] for i in range(ids.shape[0])]
+    widths = (2, 3, 5, 9, 16, 4, 7, 12)
+    for at in range(ids.shape[0] - max(widths)):
+        width = widths[at % len(widths)]
+        block = model.forward(ids[None, at : at + width], [at], cache)[0]
+        assert torch.equal(block, torch.stack(alone[at : at + width])), f"{width} rows at {at}"
