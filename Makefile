@@ -39,7 +39,7 @@ PYTEST_LOWEST := env -u TRITON_INTERPRET OMP_NUM_THREADS=1 PYTHONPATH=$(LOWEST) 
 test: lint $(LOWEST)/.installed
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpreter and not slow"
 	env -u TRITON_INTERPRET $(PYTEST) -m "not interpreter and not slow"
-	$(PYTEST_LOWEST) -k sm_90 tests/aot/test_compile.py tests/aot/test_baseline.py
+	$(PYTEST_LOWEST) -k sm_90 $(addprefix tests/aot/test_,compile.py baseline.py system_stores.py)
 
 test-triton-lowest: $(LOWEST)/.installed
 	$(PYTEST_LOWEST) tests/aot

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import layout as at
 from .checks import check_tensor
-from .device import _decide, _latest_match
+from .device import _decide, _latest_match, _load_policy
 from .layout import StepState
 
 STATE_TYPES = {
@@ -59,6 +59,8 @@ def _commit(
     last_margin = tl.load(running_ptr + at.LAST_MARGIN)
     acceptance = tl.load(running_ptr + at.ACCEPTANCE)
     match_length = tl.load(rows_ptr + at.MATCH_LENGTH)
+    ema_weight = tl.load(policy_ptr + at.EMA_WEIGHT)
+    sees_matches = tl.load(policy_ptr + at.MATCHES) != 0.0
     tl.debug_barrier()
 
     o = tl.arange(0, 16)
@@ -76,20 +78,20 @@ def _commit(
         count = tl.where(ended, o_end + 1, tl.minimum(accepted + 1, room))
         if drafted > 0:
             share = accepted.to(tl.float32) / drafted.to(tl.float32)
-            acceptance += tl.load(policy_ptr + at.EMA_WEIGHT) * (share - acceptance)
+            acceptance += ema_weight * (share - acceptance)
             plain_run = plain_run * 0
         done = tl.where(count == room, at.DONE_LENGTH, at.RUNNING)
         done = tl.where(ended, at.DONE_STOP, done)
         tl.store(sequence_ptr + length + o, b_token, mask=o < count)
         stop = tl.full((), 1, tl.int32)
         if done == at.RUNNING:
-            if tl.load(policy_ptr + at.MATCHES) != 0.0:
+            if sees_matches:
                 tl.debug_barrier()  # what was appended is seen by all threads
                 match, match_length = _latest_match(sequence_ptr, length + count)
                 tl.store(rows_ptr + at.MATCH, match)
                 tl.store(rows_ptr + at.MATCH_LENGTH, match_length)
             stop = _decide(
-                policy_ptr,
+                _load_policy(policy_ptr),
                 length + count,
                 limit,
                 drafted * 0,

@@ -120,8 +120,49 @@ def _latest_match(sequence_ptr, length):
 
 
 @triton.jit
+def _load_policy(policy_ptr):
+    """What `_decide` needs of a policy, to be asked for well before it is needed."""
+    o = tl.arange(0, 16)
+    o_weight = o[:, None] * 16 + o[None, :]
+    rule = (
+        tl.load(policy_ptr + at.MODE).to(tl.int32),
+        tl.load(policy_ptr + at.THRESHOLD),
+        tl.load(policy_ptr + at.GAMMA_CAP).to(tl.int32),
+        tl.load(policy_ptr + at.PROBE_EVERY).to(tl.int32),
+    )
+    inputs = (
+        tl.load(policy_ptr + at.COMPRESSION).to(tl.int32),
+        tl.load(policy_ptr + at.TEMPERATURE),
+        tl.load(policy_ptr + at.FEATURE_MEAN + o),
+        tl.load(policy_ptr + at.FEATURE_SCALE + o),
+    )
+    mlp = (
+        tl.load(policy_ptr + at.MLP_LAYOUT),
+        tl.load(policy_ptr + at.HIDDEN_WEIGHT + o_weight),  # [HIDDEN, FEATURES]
+        tl.load(policy_ptr + at.HIDDEN_BIAS + o),
+        tl.load(policy_ptr + at.OUTPUT_WEIGHT + o_weight),  # [k - 1, HIDDEN]
+        tl.load(policy_ptr + at.OUTPUT_BIAS + o),
+        tl.load(policy_ptr + at.EXPECTED_ACCEPTANCE),
+    )
+    value = (
+        tl.load(policy_ptr + at.OBJECTIVE),
+        tl.load(policy_ptr + at.COST + o),
+        tl.load(policy_ptr + at.COST_PER_TOKEN + o),
+        tl.load(policy_ptr + at.RATE),
+        tl.load(policy_ptr + at.CANDIDATES).to(tl.int32),
+    )
+    return rule, inputs, mlp, value
+
+
+@triton.jit
+def _at(b_x, i: tl.constexpr):
+    """Element ``i`` of a vector."""
+    return tl.sum(tl.where(tl.arange(0, 16) == i, b_x, 0.0), 0)
+
+
+@triton.jit
 def _best_gamma(
-    policy_ptr,
+    policy,
     length,
     drafted,
     mean_entropy,
@@ -135,8 +176,11 @@ def _best_gamma(
     match_length,
 ):
     """The candidate γ of the highest value, lowest among equals (`reference.best_gamma`)."""
+    _, inputs, mlp, worth = policy
+    compression, temperature, feature_mean, feature_scale = inputs
+    mlp_layout, hidden_weight, hidden_bias, output_weight, output_bias, expected = mlp
+    objective, cost, cost_per_token, rate, candidates = worth
     o = tl.arange(0, 16)
-    compression = tl.load(policy_ptr + at.COMPRESSION).to(tl.int32)
     f = tl.where(o == at.MEAN_ENTROPY, mean_entropy, 0.0)
     f = tl.where(o == at.MAX_ENTROPY, max_entropy, f)
     f = tl.where(o == at.MEAN_CONFIDENCE, mean_confidence, f)
@@ -148,44 +192,34 @@ def _best_gamma(
     f = tl.where(o == at.FEATURE_COMPRESSION + compression, 1.0, f)
     f = tl.where(o == at.FEATURE_ACCEPTANCE, acceptance, f)
     f = tl.where(o == at.FEATURE_MATCH, match_length.to(tl.float32), f)
-    f = tl.where(o == at.FEATURE_TEMPERATURE, tl.load(policy_ptr + at.TEMPERATURE), f)
-    scale = tl.load(policy_ptr + at.FEATURE_SCALE + o)
-    f = (f - tl.load(policy_ptr + at.FEATURE_MEAN + o)) * scale
+    f = tl.where(o == at.FEATURE_TEMPERATURE, temperature, f)
+    f = (f - feature_mean) * feature_scale
 
-    o_row = o[:, None] * 16
-    weight = tl.load(policy_ptr + at.HIDDEN_WEIGHT + o_row + o[None, :])  # [HIDDEN, FEATURES]
-    hidden = tl.sum(weight * f[None, :], 1) + tl.load(policy_ptr + at.HIDDEN_BIAS + o)
+    hidden = tl.sum(hidden_weight * f[None, :], 1) + hidden_bias
     gamma = o.to(tl.float32)
-    if tl.load(policy_ptr + at.MLP_LAYOUT) == at.LAYOUT_PAPER:
-        of_gamma = tl.load(policy_ptr + at.HIDDEN_WEIGHT + o * 16 + at.FEATURE_GAMMA)
-        step = gamma * tl.load(policy_ptr + at.FEATURE_SCALE + at.FEATURE_GAMMA)
-        by_gamma = hidden[None, :] + step[:, None] * of_gamma[None, :]  # [γ, HIDDEN]
-        of_rate = tl.load(policy_ptr + at.OUTPUT_WEIGHT + o)
-        rate = tl.sum(tl.maximum(by_gamma, 0.0) * of_rate[None, :], 1)
-        rate += tl.load(policy_ptr + at.OUTPUT_BIAS)
-        tokens = tl.minimum(tl.maximum(rate, 0.0), 1.0) * gamma + 1.0
+    if mlp_layout == at.LAYOUT_PAPER:
+        of_gamma = tl.where(o[None, :] == at.FEATURE_GAMMA, hidden_weight, 0.0)
+        step = gamma * _at(feature_scale, at.FEATURE_GAMMA)
+        by_gamma = hidden[None, :] + step[:, None] * tl.sum(of_gamma, 1)[None, :]  # [γ, HIDDEN]
+        of_rate = tl.sum(tl.where(o[:, None] == 0, output_weight, 0.0), 0)
+        share = tl.sum(tl.maximum(by_gamma, 0.0) * of_rate[None, :], 1) + _at(output_bias, 0)
+        tokens = tl.minimum(tl.maximum(share, 0.0), 1.0) * gamma + 1.0
     else:
-        out = tl.load(policy_ptr + at.OUTPUT_WEIGHT + o_row + o[None, :])  # [k - 1, HIDDEN]
-        logit = tl.sum(out * tl.maximum(hidden, 0.0)[None, :], 1)
-        logit += tl.load(policy_ptr + at.OUTPUT_BIAS + o)
+        logit = tl.sum(output_weight * tl.maximum(hidden, 0.0)[None, :], 1) + output_bias
         survival = 1.0 / (1.0 + tl.exp(-logit))
         tokens = 1.0 + tl.sum(tl.where(o[None, :] < o[:, None], survival[None, :], 0.0), 1)
-    expected = tl.load(policy_ptr + at.EXPECTED_ACCEPTANCE)
     if expected > 0.0:
         tokens = 1.0 + (tokens - 1.0) * tl.minimum(acceptance / expected, 1.0)
     value = tokens
-    if tl.load(policy_ptr + at.OBJECTIVE) == at.OBJECTIVE_RATE:
-        cost = tl.load(policy_ptr + at.COST + o)
-        cost += tl.load(policy_ptr + at.COST_PER_TOKEN + o) * length.to(tl.float32)
-        value = tokens - tl.load(policy_ptr + at.RATE) * cost
-    allowed = (tl.load(policy_ptr + at.CANDIDATES).to(tl.int32) >> o) & 1
-    value = tl.where(allowed == 1, value, float("-inf"))
-    return tl.min(tl.where(value == tl.max(value, 0), o, 16), 0)
+    if objective == at.OBJECTIVE_RATE:
+        value = tokens - rate * (cost + cost_per_token * length.to(tl.float32))
+    value = tl.where((candidates >> o) & 1 == 1, value, float("-inf"))
+    return tl.argmax(value, 0)
 
 
 @triton.jit
 def _decide(
-    policy_ptr,
+    policy,
     length,
     limit,
     drafted,
@@ -200,21 +234,18 @@ def _decide(
     acceptance,
     match_length,
 ):
-    """1 if drafting stops now, else 0 (`reference.decide`)."""
-    mode = tl.load(policy_ptr + at.MODE).to(tl.int32)
-    threshold = tl.load(policy_ptr + at.THRESHOLD)
-    cap = tl.minimum(tl.load(policy_ptr + at.GAMMA_CAP).to(tl.int32), limit - length - 1)
-    stop = drafted >= cap
+    """1 if drafting stops now, else 0 (`reference.decide`); ``policy`` is of `_load_policy`."""
+    mode, threshold, gamma_cap, probe_every = policy[0]
+    stop = drafted >= tl.minimum(gamma_cap, limit - length - 1)
     if mode == at.MODE_ENTROPY:
         stop = stop | ((drafted > 0) & (last_entropy > threshold))
     elif mode == at.MODE_CONFIDENCE:
         stop = stop | ((drafted > 0) & (last_confidence < threshold))
     elif mode == at.MODE_MLP:
-        probe_every = tl.load(policy_ptr + at.PROBE_EVERY).to(tl.int32)
         probe = (probe_every > 0) & (plain_run >= probe_every)
         look = (drafted == 0) & (probe | (last_entropy < 0.0))
         best = _best_gamma(
-            policy_ptr,
+            policy,
             length,
             drafted,
             mean_entropy,

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from . import layout as at
-from .device import _decide, _gumbel_at, _gumbel_run
+from .device import _decide, _gumbel_at, _gumbel_run, _load_policy
 
 _LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _NO_ID: tl.constexpr = tl.constexpr(1 << 24)  # above every id, and exact in float32
@@ -57,28 +57,103 @@ def _fold(x, o_token, top, second, total, weighted, token):
 
 
 @triton.jit
-def _merge(top, second, total, weighted, token):
-    """Merge lanes, or partials, into one: `_fold`'s values of them all."""
-    best = tl.max(top, 0)
-    first = tl.min(tl.where(top == best, token, _NO_ID), 0)
-    runner_up = tl.max(tl.where(token == first, second, top), 0)
-    shift = _exponent(top, best)
-    kept = tl.exp2(shift)
-    return (
-        best,
-        runner_up,
-        tl.sum(kept * total, 0),
-        tl.sum(kept * (weighted + shift * total), 0),
-        first,
-    )
+def _better(top0, second0, token0, top1, second1, token1):
+    """The highest logit of two lanes, the next, and the id of the first."""
+    first = (top0 > top1) | ((top0 == top1) & (token0 < token1))
+    second = tl.maximum(tl.minimum(top0, top1), tl.maximum(second0, second1))
+    return tl.maximum(top0, top1), second, tl.where(first, token0, token1)
 
 
 @triton.jit
-def _merge_draws(score, token, logit):
+def _better_draw(score0, token0, logit0, score1, token1, logit1):
+    first = (score0 > score1) | ((score0 == score1) & (token0 < token1))
+    token = tl.where(first, token0, token1)
+    return tl.maximum(score0, score1), token, tl.where(first, logit0, logit1)
+
+
+@triton.jit
+def _add(total0, weighted0, total1, weighted1):
+    return total0 + total1, weighted0 + weighted1
+
+
+@triton.jit
+def _merge(top, second, total, weighted, token, EMULATED: tl.constexpr):
+    """Merge lanes, or partials, into one: `_fold`'s values of them all.
+
+    Values that are reduced together wait once where warps meet. The interpreter would combine them
+    one lane at a time, and is spared it.
+    """
+    if EMULATED:
+        best = tl.max(top, 0)
+        first = tl.min(tl.where(top == best, token, _NO_ID), 0)
+        runner_up = tl.max(tl.where(token == first, second, top), 0)
+    else:
+        best, runner_up, first = tl.reduce((top, second, token), 0, _better)
+    shift = _exponent(top, best)
+    kept = tl.exp2(shift)
+    weighted = kept * (weighted + shift * total)
+    total = kept * total
+    if EMULATED:
+        total, weighted = tl.sum(total, 0), tl.sum(weighted, 0)
+    else:
+        total, weighted = tl.reduce((total, weighted), 0, _add)
+    return best, runner_up, total, weighted, first
+
+
+@triton.jit
+def _merge_draws(score, token, logit, EMULATED: tl.constexpr):
     """The highest score, the lowest id among its equals, and the logit of that id."""
-    best = tl.max(score, 0)
-    first = tl.min(tl.where(score == best, token, _NO_ID), 0)
-    return best, first, tl.max(tl.where(token == first, logit, float("-inf")), 0)
+    if EMULATED:
+        best = tl.max(score, 0)
+        first = tl.min(tl.where(score == best, token, _NO_ID), 0)
+        logit = tl.max(tl.where(token == first, logit, float("-inf")), 0)
+    else:
+        best, first, logit = tl.reduce((score, token, logit), 0, _better_draw)
+    return best, first, logit
+
+
+@triton.jit
+def _load_block(logits_ptr, i_block, vocabulary, BLOCK: tl.constexpr):
+    """Block ``i_block`` of a row of logits; -inf behind its end."""
+    o_token = i_block * BLOCK + tl.arange(0, BLOCK)
+    if i_block < vocabulary // BLOCK:
+        x = tl.load(logits_ptr + o_token, eviction_policy="evict_first").to(tl.float32)
+    else:
+        x = tl.load(
+            logits_ptr + o_token,
+            mask=o_token < vocabulary,
+            other=float("-inf"),
+            eviction_policy="evict_first",
+        ).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _scores(
+    x,
+    i_block,
+    inv_temperature,
+    seed,
+    request,
+    index,
+    purpose,
+    cutoff,
+    id_map_ptr,
+    vocabulary,
+    HAS_ID_MAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``x / T + gumbel`` of a block of logits; -inf below the cutoff, and for a greedy row."""
+    y = tl.full([BLOCK], float("-inf"), tl.float32)
+    if inv_temperature != 0.0:
+        if HAS_ID_MAP:
+            o_token = i_block * BLOCK + tl.arange(0, BLOCK)
+            b_target = tl.load(id_map_ptr + o_token, mask=o_token < vocabulary, other=0)
+            noise = _gumbel_at(seed, request, index, purpose, b_target)
+        else:
+            noise = _gumbel_run(seed, request, index, purpose, i_block * BLOCK, BLOCK)
+        y = tl.where(x >= cutoff, x * inv_temperature + noise, float("-inf"))
+    return y
 
 
 @triton.jit
@@ -108,23 +183,33 @@ def _draft_step_kernel(
     SPLITS: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
+    EMULATED: tl.constexpr,
 ):
     i_split = tl.program_id(0)
     i_row = tl.program_id(1).to(tl.int64)
     rows_ptr += i_row * at.ROW_WORDS
-    if (tl.load(rows_ptr + at.DONE) != 0) | (tl.load(rows_ptr + at.STOP) != 0):
-        return
-    length = tl.load(rows_ptr + at.LENGTH)
-    drafted = tl.load(rows_ptr + at.DRAFTED)
+    running_ptr += i_row * at.RUNNING_WORDS
+    sequence_ptr += i_row * stride_sequence_b
     logits_ptr += i_row * stride_logits_b
 
-    o = tl.arange(0, BLOCK)
-    token = i_split * BLOCK + o
-    top = tl.full([BLOCK], float("-inf"), tl.float32)
-    second = top
-    total = tl.zeros([BLOCK], tl.float32)
-    weighted = total
-
+    # Everything is asked for at once: to wait for each is as long as a merge. All threads load each
+    # of these words, and one stores it: none may still be about to load when the row's last program
+    # stores. That one follows every arrival, or the barrier in its place.
+    x = _load_block(logits_ptr, i_split, vocabulary, BLOCK)
+    idle = (tl.load(rows_ptr + at.DONE) != 0) | (tl.load(rows_ptr + at.STOP) != 0)
+    length = tl.load(rows_ptr + at.LENGTH)
+    drafted = tl.load(rows_ptr + at.DRAFTED)
+    error = tl.load(rows_ptr + at.ERROR)
+    limit = tl.load(rows_ptr + at.LIMIT)
+    plain_run = tl.load(rows_ptr + at.PLAIN_RUN)
+    match_length = tl.load(rows_ptr + at.MATCH_LENGTH)
+    mean_entropy = tl.load(running_ptr + at.MEAN_ENTROPY)
+    max_entropy = tl.load(running_ptr + at.MAX_ENTROPY)
+    mean_confidence = tl.load(running_ptr + at.MEAN_CONFIDENCE)
+    min_confidence = tl.load(running_ptr + at.MIN_CONFIDENCE)
+    acceptance = tl.load(running_ptr + at.ACCEPTANCE)
+    match = tl.load(rows_ptr + at.MATCH)
+    policy = _load_policy(policy_ptr)
     if SAMPLED:
         inv_temperature = tl.load(inv_temperature_ptr + i_row)
         seed = tl.load(seeds_ptr + i_row)
@@ -138,36 +223,60 @@ def _draft_step_kernel(
         cutoff = float("-inf")
         if HAS_CUTOFFS:
             cutoff = tl.load(cutoffs_ptr + i_row)
-        score, drawn, logit = top, token, top
+    if idle:
+        return
 
-    full_blocks = vocabulary // BLOCK
-    for i_block in range(i_split, tl.cdiv(vocabulary, BLOCK), SPLITS):
-        o_token = i_block * BLOCK + o
-        if i_block < full_blocks:
-            x = tl.load(logits_ptr + o_token, eviction_policy="evict_first").to(tl.float32)
-        else:
-            x = tl.load(
-                logits_ptr + o_token,
-                mask=o_token < vocabulary,
-                other=float("-inf"),
-                eviction_policy="evict_first",
-            ).to(tl.float32)
-        top, second, total, weighted, token = _fold(x, o_token, top, second, total, weighted, token)
-        if SAMPLED:  # noqa: SIM102 - the second test is made on the device
-            if inv_temperature != 0.0:
-                if HAS_ID_MAP:
-                    b_target = tl.load(id_map_ptr + o_token, mask=o_token < vocabulary, other=0)
-                    noise = _gumbel_at(seed, request, index, purpose, b_target)
-                else:
-                    noise = _gumbel_run(seed, request, index, purpose, i_block * BLOCK, BLOCK)
-                y = tl.where(x >= cutoff, x * inv_temperature + noise, float("-inf"))
-                drawn = tl.where(y > score, o_token, drawn)
-                logit = tl.where(y > score, x, logit)
-                score = tl.maximum(score, y)
-
-    top, second, total, weighted, token = _merge(top, second, total, weighted, token)
+    o = tl.arange(0, BLOCK)
+    top = x  # `_fold` of a first block: one logit a lane
+    second = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.full([BLOCK], 1.0, tl.float32)
+    weighted = tl.zeros([BLOCK], tl.float32)
+    token = i_split * BLOCK + o
     if SAMPLED:
-        score, drawn, logit = _merge_draws(score, drawn, logit)
+        logit = x
+        drawn = token
+        score = _scores(
+            x,
+            i_split,
+            inv_temperature,
+            seed,
+            request,
+            index,
+            purpose,
+            cutoff,
+            id_map_ptr,
+            vocabulary,
+            HAS_ID_MAP,
+            BLOCK,
+        )
+    for i_block in range(i_split + SPLITS, tl.cdiv(vocabulary, BLOCK), SPLITS):
+        x = _load_block(logits_ptr, i_block, vocabulary, BLOCK)
+        o_token = i_block * BLOCK + o
+        top, second, total, weighted, token = _fold(x, o_token, top, second, total, weighted, token)
+        if SAMPLED:
+            y = _scores(
+                x,
+                i_block,
+                inv_temperature,
+                seed,
+                request,
+                index,
+                purpose,
+                cutoff,
+                id_map_ptr,
+                vocabulary,
+                HAS_ID_MAP,
+                BLOCK,
+            )
+            drawn = tl.where(y > score, o_token, drawn)
+            logit = tl.where(y > score, x, logit)
+            score = tl.maximum(score, y)
+
+    place = match + drafted
+    came = tl.load(sequence_ptr + place, mask=place < length, other=-1)
+    top, second, total, weighted, token = _merge(top, second, total, weighted, token, EMULATED)
+    if SAMPLED:
+        score, drawn, logit = _merge_draws(score, drawn, logit, EMULATED)
 
     if SPLITS > 1:
         partials_ptr += i_row * (8 * SPLITS)
@@ -196,12 +305,16 @@ def _draft_step_kernel(
         b_total = tl.load(p + 2 * SPLITS, m_split, 0.0, cache_modifier=".cg")
         b_weighted = tl.load(p + 3 * SPLITS, m_split, 0.0, cache_modifier=".cg")
         b_token = tl.load(p + 4 * SPLITS, m_split, _NO_ID, cache_modifier=".cg").to(tl.int32)
-        top, second, total, weighted, token = _merge(b_top, b_second, b_total, b_weighted, b_token)
+        top, second, total, weighted, token = _merge(
+            b_top, b_second, b_total, b_weighted, b_token, EMULATED
+        )
         if SAMPLED:
             b_score = tl.load(p + 5 * SPLITS, m_split, low, cache_modifier=".cg")
             b_drawn = tl.load(p + 6 * SPLITS, m_split, _NO_ID, cache_modifier=".cg").to(tl.int32)
             b_logit = tl.load(p + 7 * SPLITS, m_split, low, cache_modifier=".cg")
-            score, drawn, logit = _merge_draws(b_score, b_drawn, b_logit)
+            score, drawn, logit = _merge_draws(b_score, b_drawn, b_logit, EMULATED)
+    else:
+        tl.debug_barrier()
 
     # NaN reaches `total`; a NaN or infinite `top` fails both comparisons.
     valid = (top > float("-inf")) & (top < float("inf")) & (total == total)
@@ -212,22 +325,6 @@ def _draft_step_kernel(
             valid = valid & (score > float("-inf"))
             chosen = drawn
             token_logit = logit
-    # All threads load each of these words, and one stores it: none may still be about to load.
-    running_ptr += i_row * at.RUNNING_WORDS
-    error = tl.load(rows_ptr + at.ERROR)
-    limit = tl.load(rows_ptr + at.LIMIT)
-    plain_run = tl.load(rows_ptr + at.PLAIN_RUN)
-    sequence_ptr += i_row * stride_sequence_b
-    place = tl.load(rows_ptr + at.MATCH) + drafted
-    came = tl.load(sequence_ptr + place, mask=place < length, other=-1)
-    match_length = tl.load(rows_ptr + at.MATCH_LENGTH)
-    mean_entropy = tl.load(running_ptr + at.MEAN_ENTROPY)
-    max_entropy = tl.load(running_ptr + at.MAX_ENTROPY)
-    mean_confidence = tl.load(running_ptr + at.MEAN_CONFIDENCE)
-    min_confidence = tl.load(running_ptr + at.MIN_CONFIDENCE)
-    acceptance = tl.load(running_ptr + at.ACCEPTANCE)
-    tl.debug_barrier()
-
     if valid == 0:
         tl.store(rows_ptr + at.ERROR, error | at.ERROR_DRAFT)
         tl.store(rows_ptr + at.STOP, 1)
@@ -252,7 +349,7 @@ def _draft_step_kernel(
         mean_confidence = confidence
         min_confidence = confidence
     stop = _decide(
-        policy_ptr,
+        policy,
         length,
         limit,
         drafted + 1,

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import layout as at
 from . import reference_step as reference
 from .checks import check_tensor
+from .device import EMULATED
 from .layout import LoopState, StepState
 from .loop_step_kernel import (
     _close_step_kernel,
@@ -139,6 +140,7 @@ def close_step_out(state: StepState, loop: LoopState, *, draft_positions: int = 
         loop.records.stride(0),
         draft_positions,
         HAS_SIGNALS=loop.signals is not None,
+        EMULATED=EMULATED,
         num_warps=1,
     )
 
@@ -358,6 +360,7 @@ def _close_variant(signals: bool) -> Variant:
         constexprs={
             **({} if signals else {"kept_signals_ptr": None}),
             "HAS_SIGNALS": signals,
+            "EMULATED": False,
         },
         divisible=frozenset(pointers),
         num_warps=1,

@@ -7,7 +7,8 @@ A word for the host must reach it while the graph that wrote it goes on, and the
 within a graph promises the host nothing: so it is written through to the system (``st.wt``, which
 ptxas makes a strong store of system scope; `tests/aot/test_system_stores.py` holds it to that).
 The stores are relaxed: nothing orders the tokens of a step before its record. The reader needs no
-order: every word carries its own mark, and a record whose tokens have not all arrived waits.
+order: every word carries its own mark, and a record whose tokens have not all arrived waits. A word
+of the host's is read past every cache that would keep it, for the same reason.
 """
 
 from __future__ import annotations
@@ -22,6 +23,23 @@ from . import layout as at
 def _tell(pointer, word, mask=None):
     """Store a word for the host."""
     tl.store(pointer, word, mask=mask, cache_modifier=".wt")
+
+
+@triton.jit
+def _hear(pointer, EMULATED: tl.constexpr):
+    """A word of the host's, not the cache's. (Triton 3.6 drops the modifier ``.cv``.)"""
+    if EMULATED:
+        word = tl.load(pointer)
+    else:
+        word = tl.inline_asm_elementwise(
+            "ld.relaxed.sys.global.b32 $0, [$1];",
+            "=r,l",
+            [pointer],
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    return word
 
 
 @triton.jit
@@ -88,6 +106,7 @@ def _close_step_kernel(
     draft_positions,
     # constants
     HAS_SIGNALS: tl.constexpr,
+    EMULATED: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
     rows_ptr += i_row * at.ROW_WORDS
@@ -101,7 +120,7 @@ def _close_step_kernel(
     reported = tl.load(rows_ptr + at.REPORTED)
     held = tl.load(rows_ptr + at.DRAFT_LENGTH)
     stop = tl.load(rows_ptr + at.STOP)
-    cancelled = tl.load(cancel_ptr + i_row, cache_modifier=".cv") != 0
+    cancelled = _hear(cancel_ptr + i_row, EMULATED) != 0
     mark = tl.load(control_ptr + at.GENERATION).to(tl.int64) << 32
     steps = tl.load(control_ptr + at.STEPS)
     tl.debug_barrier()

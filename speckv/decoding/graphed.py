@@ -61,11 +61,15 @@ class InFlight:
         if self.launched:
             self.launched = False  # one wait: what is in vain once is in vain again
             ended = self.loop.ended.numpy()
-            await_word(self.device, lambda: int(ended[0]) >> 32 == self.generation)
-        if self.generation:
+            try:
+                await_word(self.device, lambda: int(ended[0]) >> 32 == self.generation)
+            finally:  # what runs still must end before its graph is given back
+                synchronize(self.device)
+        elif self.generation:
             synchronize(self.device)
         self.generation = 0
 
+    @torch.inference_mode()
     def give_back(self) -> None:
         """End what runs, then give every graph back."""
         self.loop.cancel.fill_(1)

@@ -129,6 +129,7 @@ class PlannedLoop:
             if not reader.done:  # nobody waits for the rest
                 works.loop.cancel.fill_(1)
 
+    @torch.inference_mode()
     def finish(self, row: int) -> None:
         """End row ``row`` after the records it has given (a stop text was found on the host)."""
         self._shared.cancel[row] = 1
@@ -154,6 +155,7 @@ class PlannedLoop:
             raise ValueError("signals: expected requests with keep_signals")
         return self._signals[row, 1 : 1 + steps].cpu()  # the first record is the prefill's
 
+    @torch.inference_mode()
     def close(self) -> None:
         """Give everything back; the loop cannot be used again."""
         self._shared.cancel.fill_(1)

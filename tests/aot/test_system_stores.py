@@ -1,4 +1,5 @@
-"""What the host reads while a graph runs is stored at system scope, which the disassembly shows."""
+"""What the host reads while a graph runs is stored at system scope, and what it writes is loaded
+so: the disassembly shows it."""
 
 from __future__ import annotations
 
@@ -33,5 +34,7 @@ def test_words_for_the_host_reach_it(
     if spec.name not in ("close_step", "publish_conditions"):
         assert ".wt" not in written and not strong
         return
+    heard = re.findall(r"\bLDG?\.(\S+)", found.sass)
+    assert sum("STRONG.SYS" in m for m in heard) == (spec.name == "close_step"), heard
     assert written and set(written) == {".wt"}, written
     assert len(strong) == len(written) and all(".64." in m for m in strong), strong

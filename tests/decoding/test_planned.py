@@ -450,3 +450,17 @@ def test_kernels_through_the_plan(
     assert launched["keep_draft"] == drafts * requests.rejection
     assert launched["step_inputs"] >= steps - 1 + drafts
     assert launched["publish_conditions"] >= steps + drafts
+
+
+def test_a_loop_made_in_inference_mode_ends_outside_of_it() -> None:
+    pair = wrapped("llama", "target", "fp32"), wrapped("llama", "perturbed", "fp32")
+    with torch.inference_mode():
+        loop = PlannedLoop(*pair, batch=2, capacity=CAPACITY)
+        first = by_row(loop.run(batch_of("greedy", [0, 1], []), packed("fixed:2")))
+    again = by_row(loop.run(batch_of("greedy", [0, 1], []), packed("fixed:2")))
+    assert again == first
+    steps = loop.run(batch_of("greedy", [0, 1], []), packed("fixed:2"))
+    next(steps)
+    loop.finish(0)
+    steps.close()
+    loop.close()

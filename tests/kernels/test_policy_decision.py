@@ -10,7 +10,7 @@ from torch import Tensor
 
 from speckv.kernels import layout as at
 from speckv.kernels import reference
-from speckv.kernels.device import _decide
+from speckv.kernels.device import _decide, _load_policy
 from tests.kernels.cases import POLICIES, fixed, mlp, threshold
 
 pytestmark = [
@@ -22,7 +22,7 @@ pytestmark = [
 @triton.jit
 def _decide_kernel(policy_ptr, rows_ptr, running_ptr, stop_ptr):
     stop = _decide(
-        policy_ptr,
+        _load_policy(policy_ptr),
         tl.load(rows_ptr + at.LENGTH),
         tl.load(rows_ptr + at.LIMIT),
         tl.load(rows_ptr + at.DRAFTED),
