@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from . import functional
-from .attention_kernel import TILE_ROWS, _attention_kernel
+from .attention_kernel import PROGRAMS, TILE_ROWS, _attention_kernel
 from .checks import check_scratch, check_tensor, dtype_name
 from .device import EMULATED
 from .registry import FP_FUSION, KernelSpec, Variant
@@ -25,7 +25,7 @@ HEAD_DIMS = (16, 32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class Config:
-    """``chunk`` positions are one program's, ``block`` of them at a time."""
+    """A program takes chunks of ``chunk`` positions, ``block`` of them at a time."""
 
     chunk: int = 128
     block: int = 64
@@ -39,6 +39,11 @@ def _select_config(head_dim: int) -> Config:
         block=64 if head_dim <= 128 else 32,
         num_stages=3 if head_dim <= 128 else 2,
     )
+
+
+def _programs(capacity: int, config: Config) -> int:
+    """Programs of a tile over a cache of so many rows."""
+    return min(-(-capacity // config.chunk), PROGRAMS)
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,13 @@ class Scratch:
         """Elements of each tensor for what `allocate` takes."""
         batch, width, heads, head_dim = queries
         tiles = batch * kv_heads * triton.cdiv(width * heads // kv_heads, TILE_ROWS.value)
-        rows = tiles * triton.cdiv(capacity, _select_config(head_dim).chunk) * TILE_ROWS.value
+        rows = tiles * _programs(capacity, _select_config(head_dim)) * TILE_ROWS.value
         return {"tops": 2 * rows, "values": rows * head_dim, "counters": tiles}
+
+    def covers(self, queries: torch.Size, kv_heads: int, capacity: int) -> bool:
+        """Whether it will do for what `allocate` takes."""
+        sizes = self.sizes(queries, kv_heads, capacity)
+        return all(getattr(self, name).numel() >= size for name, size in sizes.items())
 
     @classmethod
     def allocate(
@@ -108,9 +118,8 @@ def attention_out(
     kv_heads = cache.shape[2] // 2
     group = heads // kv_heads
     config = _select_config(head_dim)
-    chunks = triton.cdiv(cache.shape[1], config.chunk)
     tiles = triton.cdiv(width * group, TILE_ROWS.value)
-    _attention_kernel[(chunks, tiles, batch * kv_heads)](
+    _attention_kernel[(_programs(cache.shape[1], config), tiles, batch * kv_heads)](
         queries,
         cache,
         positions,
@@ -267,7 +276,7 @@ SPECS = (
             _variant("bf16", 8, 1, 256),
             _variant("bf16", 32, 8, 64, pdl=True),
         ),
-        max_registers=240,  # four chunks of 16 rows of 256 in flight
+        max_registers=240,  # four programs' 16 rows of 256 in flight
         max_shared_bytes=100_000,
     ),
 )

@@ -1,15 +1,15 @@
 """The device half of `attention`: grouped-query attention of a few new positions over the cache.
 
 The query heads that share a key head are rows of one matrix, ``width * group`` of them, in tiles of
-16. A program takes one tile over one chunk of 128 positions, by online softmax in fp32 (Milakov and
-Gimelshein, 2018), with ``s = q . k / sqrt(head_dim)`` in units of ln 2. Chunks store their maximum,
-sum and weighted values; the last one to arrive merges them: it takes the maximum of all, scales
-each chunk by its distance from it, and adds in an order that the chunks' indices fix.
+16. A program takes one tile over every 32nd chunk of 128 positions, by online softmax in fp32
+(Milakov and Gimelshein, 2018), with ``s = q . k / sqrt(head_dim)`` in units of ln 2. Programs store
+their maximum, sum and weighted values; the last one to arrive merges them: it takes the maximum of
+all, scales each program's by its distance from it, and adds in the order of the programs.
 
 Rules: a row sees the positions up to and including its own, or with a window the last ones of
-them. Where a chunk begins depends on nothing, and what a row does not see leaves its sums as they
-are to the last bit (they are multiplied by 1, and 0 is added), so its bits do not depend on the
-rows beside it: the merge's groups of chunks begin at multiples of their size. NaN stays in its row.
+them. Where a chunk begins and whose it is depends on nothing, and what a row does not see leaves
+its sums as they are to the last bit (they are multiplied by 1, and 0 is added), so its bits do not
+depend on the rows beside it. NaN stays in its row.
 Cache rows that no row of a tile sees are not read; those that only others see must be finite.
 """
 
@@ -21,7 +21,9 @@ import triton.language as tl
 from .device import _round, _wait
 
 TILE_ROWS: tl.constexpr = tl.constexpr(16)
-_GROUP: tl.constexpr = tl.constexpr(32)
+PROGRAMS = 32
+"""Most programs of a tile: enough for a GPU, few enough to be merged soon."""
+_PROGRAMS: tl.constexpr = tl.constexpr(PROGRAMS)
 
 
 @triton.jit
@@ -41,15 +43,21 @@ def _shift(top, top_new):
 
 
 @triton.jit
-def _partial(tops_ptr, values_ptr, i, last_chunk, o_value, m_row, HEAD_DIM: tl.constexpr):
-    """Maxima and values of chunk ``i``, from L2, where the other programs' stores are."""
-    m = m_row & (tl.full([TILE_ROWS], 0, tl.int32) + i <= last_chunk)
+def _first_chunk(i_program, first):
+    """The first chunk from ``first`` on that is a program's."""
+    return first + ((i_program - first) & (_PROGRAMS - 1))
+
+
+@triton.jit
+def _partial(tops_ptr, values_ptr, i, first, last, o_value, m_row, HEAD_DIM: tl.constexpr):
+    """Maxima and values of program ``i``, from L2, where the other programs' stores are."""
+    m = m_row & (tl.full([TILE_ROWS], 0, tl.int32) + _first_chunk(i, first) <= last)
     top = tl.load(tops_ptr + i * (2 * TILE_ROWS), m, float("-inf"), cache_modifier=".cg")
     p = values_ptr + i * (TILE_ROWS * HEAD_DIM) + o_value
     return top, tl.load(p, m[:, None], 0.0, cache_modifier=".cg")
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit(do_not_specialize=["width", "kv_heads"])
 def _attention_kernel(
     # inputs
     queries_ptr,  # [batch, width, kv_heads * GROUP, HEAD_DIM]
@@ -58,8 +66,8 @@ def _attention_kernel(
     slots_ptr,  # [batch]
     # output and scratch
     out_ptr,  # as the queries
-    tops_ptr,  # [batch * kv_heads, tiles, chunks, 2, TILE_ROWS]: maxima and sums
-    values_ptr,  # [batch * kv_heads, tiles, chunks, TILE_ROWS, HEAD_DIM]
+    tops_ptr,  # [batch * kv_heads, tiles, programs, 2, TILE_ROWS]: maxima and sums
+    values_ptr,  # [batch * kv_heads, tiles, programs, TILE_ROWS, HEAD_DIM]
     counters_ptr,  # [batch * kv_heads, tiles], zero between launches
     # shape
     stride_slot,
@@ -77,7 +85,7 @@ def _attention_kernel(
     EMULATED: tl.constexpr,
 ):
     _wait(PDL)
-    i_chunk = tl.program_id(0)
+    i_program = tl.program_id(0)
     i_tile = tl.program_id(1)
     i_head = tl.program_id(2).to(tl.int64)
     i_batch, i_kv = i_head // kv_heads, i_head % kv_heads
@@ -91,7 +99,8 @@ def _attention_kernel(
     if WINDOW:
         first = tl.maximum(tl.min(tl.where(m_row, place, last), 0) - WINDOW + 1, 0)
     first_chunk, last_chunk = first // CHUNK, last // CHUNK
-    if (i_chunk < first_chunk) | (i_chunk > last_chunk):
+    i_chunk = _first_chunk(i_program, first_chunk)
+    if i_chunk > last_chunk:
         return
 
     o_d = tl.arange(0, HEAD_DIM)
@@ -99,16 +108,19 @@ def _attention_kernel(
     o_out = (row + o_query % GROUP)[:, None] * HEAD_DIM + o_d[None, :]
     q = tl.load(queries_ptr + o_out, mask=m_row[:, None], other=0.0)
     cache_ptr += tl.load(slots_ptr + i_batch) * stride_slot + i_kv * HEAD_DIM
-    start = i_chunk * CHUNK
-    cache_ptr += start.to(tl.int64) * stride_position
     top = tl.full([TILE_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([TILE_ROWS], tl.float32)
     acc = tl.zeros([TILE_ROWS, HEAD_DIM], tl.float32)
-    for i_block in range(0, tl.cdiv(tl.minimum(last + 1 - start, CHUNK), BLOCK)):
-        o_key = i_block * BLOCK + tl.arange(0, BLOCK)
-        key = start + o_key
+    # Blocks of all of the program's chunks, in one loop: their loads overlap.
+    EACH: tl.constexpr = CHUNK // BLOCK
+    before = (last_chunk - i_chunk) // _PROGRAMS  # whole chunks ahead of the last
+    left = last + 1 - (i_chunk + before * _PROGRAMS) * CHUNK
+    for i_block in range(0, before * EACH + tl.cdiv(tl.minimum(left, CHUNK), BLOCK)):
+        start = (i_chunk + i_block // EACH * _PROGRAMS) * CHUNK + i_block % EACH * BLOCK
+        key = start + tl.arange(0, BLOCK)
         m_key = (key <= last)[:, None]
-        kv_ptr = cache_ptr + o_key[:, None] * stride_position + o_d[None, :]
+        block_ptr = cache_ptr + start.to(tl.int64) * stride_position
+        kv_ptr = block_ptr + tl.arange(0, BLOCK)[:, None] * stride_position + o_d[None, :]
         k = tl.load(kv_ptr, mask=m_key, other=0.0)
         v = tl.load(kv_ptr + kv_heads * HEAD_DIM, mask=m_key, other=0.0)
         s = _dot(q, tl.trans(k), tl.zeros([TILE_ROWS, BLOCK], tl.float32), EMULATED) * scale
@@ -124,42 +136,41 @@ def _attention_kernel(
         top = top_new
 
     i_counter = i_head * tl.num_programs(1) + i_tile
-    chunks = tl.num_programs(0)
-    tops_ptr += i_counter * chunks * (2 * TILE_ROWS) + o_row
-    values_ptr += i_counter * chunks * (TILE_ROWS * HEAD_DIM)
+    programs = tl.num_programs(0)
+    tops_ptr += i_counter * programs * (2 * TILE_ROWS) + o_row
+    values_ptr += i_counter * programs * (TILE_ROWS * HEAD_DIM)
     o_value = o_row[:, None] * HEAD_DIM + o_d[None, :]
-    tl.store(tops_ptr + i_chunk * (2 * TILE_ROWS), top)
-    tl.store(tops_ptr + i_chunk * (2 * TILE_ROWS) + TILE_ROWS, total)
-    tl.store(values_ptr + i_chunk * (TILE_ROWS * HEAD_DIM) + o_value, acc, mask=m_row[:, None])
+    tl.store(tops_ptr + i_program * (2 * TILE_ROWS), top)
+    tl.store(tops_ptr + i_program * (2 * TILE_ROWS) + TILE_ROWS, total)
+    tl.store(values_ptr + i_program * (TILE_ROWS * HEAD_DIM) + o_value, acc, mask=m_row[:, None])
     tl.debug_barrier()
     arrived = tl.atomic_add(counters_ptr + i_counter, 1, sem="acq_rel")
-    if arrived != last_chunk - first_chunk:
+    if arrived != tl.minimum(last_chunk - first_chunk, _PROGRAMS - 1):
         return
     tl.store(counters_ptr + i_counter, 0)
     # No load waits for another's value; .cg as in `_partial`.
-    o_first = first_chunk // _GROUP * _GROUP + tl.arange(0, _GROUP)[:, None]
-    top = tl.full([TILE_ROWS], float("-inf"), tl.float32)
-    for i_group in range(0, tl.cdiv(last_chunk + 1, _GROUP) - first_chunk // _GROUP):
-        o_chunk = o_first + i_group * _GROUP
-        m_chunk = (o_chunk >= first_chunk) & (o_chunk <= last_chunk)
-        p = tops_ptr + o_chunk * (2 * TILE_ROWS)
-        b_top = tl.load(p, m_chunk, float("-inf"), cache_modifier=".cg")
-        top = tl.maximum(top, tl.max(b_top, 0))
-    total = tl.zeros([TILE_ROWS], tl.float32)
-    for i_group in range(0, tl.cdiv(last_chunk + 1, _GROUP) - first_chunk // _GROUP):
-        o_chunk = o_first + i_group * _GROUP
-        m_chunk = (o_chunk >= first_chunk) & (o_chunk <= last_chunk)
-        p = tops_ptr + o_chunk * (2 * TILE_ROWS)
-        b_top = tl.load(p, m_chunk, float("-inf"), cache_modifier=".cg")
-        b_total = tl.load(p + TILE_ROWS, m_chunk, 0.0, cache_modifier=".cg")
-        total += tl.sum(b_total * _shift(b_top, top[None, :]), 0)
+    o_program = tl.arange(0, _PROGRAMS)[:, None]
+    m_program = _first_chunk(o_program, first_chunk) <= last_chunk
+    p = tops_ptr + o_program * (2 * TILE_ROWS)
+    b_top = tl.load(p, m_program, float("-inf"), cache_modifier=".cg")
+    b_total = tl.load(p + TILE_ROWS, m_program, 0.0, cache_modifier=".cg")
+    top = tl.max(b_top, 0)
+    total = tl.sum(b_total * _shift(b_top, top[None, :]), 0)
     acc = tl.zeros([TILE_ROWS, HEAD_DIM], tl.float32)
-    for i in range(first_chunk, last_chunk + 1, 4):
+    for i in range(0, tl.minimum(last_chunk + 1, _PROGRAMS), 4):
         # All loads stand before the factors' way through shared memory, which they cannot pass.
-        top0, acc0 = _partial(tops_ptr, values_ptr, i, last_chunk, o_value, m_row, HEAD_DIM)
-        top1, acc1 = _partial(tops_ptr, values_ptr, i + 1, last_chunk, o_value, m_row, HEAD_DIM)
-        top2, acc2 = _partial(tops_ptr, values_ptr, i + 2, last_chunk, o_value, m_row, HEAD_DIM)
-        top3, acc3 = _partial(tops_ptr, values_ptr, i + 3, last_chunk, o_value, m_row, HEAD_DIM)
+        top0, acc0 = _partial(
+            tops_ptr, values_ptr, i, first_chunk, last_chunk, o_value, m_row, HEAD_DIM
+        )
+        top1, acc1 = _partial(
+            tops_ptr, values_ptr, i + 1, first_chunk, last_chunk, o_value, m_row, HEAD_DIM
+        )
+        top2, acc2 = _partial(
+            tops_ptr, values_ptr, i + 2, first_chunk, last_chunk, o_value, m_row, HEAD_DIM
+        )
+        top3, acc3 = _partial(
+            tops_ptr, values_ptr, i + 3, first_chunk, last_chunk, o_value, m_row, HEAD_DIM
+        )
         acc += acc0 * _shift(top0, top)[:, None]
         acc += acc1 * _shift(top1, top)[:, None]
         acc += acc2 * _shift(top2, top)[:, None]

@@ -81,7 +81,7 @@ def _floor_of_groups(group_ptr, splits, k, SPLITS: tl.constexpr):
     return tl.where(k <= splits * _GROUPS, floor, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vocabulary", "width", "blocks"])
 def _cutoff_sum_kernel(
     logits_ptr,
     stride_lr,
@@ -223,7 +223,7 @@ def _select(candidate_ptr, number, low, count_low, k, mass, top, inv, BY_MASS: t
     return tl.min(b_lowest, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vocabulary", "width", "blocks"])
 def _cutoff_select_kernel(
     logits_ptr,
     stride_lr,

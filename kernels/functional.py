@@ -13,10 +13,13 @@ checkpoints; RMSNorm is Zhang and Sennrich (2019); SwiGLU is Shazeer (2020).
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 __all__ = [
     "append_kv",
@@ -25,6 +28,7 @@ __all__ = [
     "head_rms_norm",
     "linear",
     "linear_add",
+    "planless_attention",
     "rms_norm",
     "rope",
     "rope_rows",
@@ -187,6 +191,18 @@ def attention_mask(
     return mask.masked_fill_(hidden, float("-inf"))
 
 
+def planless_attention(device: torch.device) -> AbstractContextManager[object]:
+    """Keep torch's attention on CUDA from cuDNN, which plans anew for every shape that it meets.
+
+    Prompts are of all lengths, and a plan takes tens of milliseconds.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )
+
+
 def attention(queries: Tensor, cache: Tensor, slots: Tensor | None, mask: Tensor) -> Tensor:
     """Grouped-query attention of new positions over one layer of the cache.
 
@@ -202,7 +218,9 @@ def attention(queries: Tensor, cache: Tensor, slots: Tensor | None, mask: Tensor
     slots : Tensor [batch] int64, optional
         Cache slot of each sequence; None stands for 0 .. batch - 1, whose keys are not copied.
     mask : Tensor [batch, width, context]
-        From :func:`attention_mask`; ``context <= cache_rows``.
+        From :func:`attention_mask`; ``context <= cache_rows``. Or its rows, each as often as there
+        are query heads to a key head, [batch, width * group, context]: to be made once for all
+        layers.
 
     Returns
     -------
@@ -214,11 +232,14 @@ def attention(queries: Tensor, cache: Tensor, slots: Tensor | None, mask: Tensor
     visible = cache[:, :context]
     kv = (visible[:batch] if slots is None else visible.index_select(0, slots)).transpose(1, 2)
     stacked = queries.view(batch, width, kv_heads, group, dim).transpose(1, 2)
-    out = F.scaled_dot_product_attention(
-        stacked.reshape(batch, kv_heads, width * group, dim),
-        kv[:, :kv_heads],
-        kv[:, kv_heads:],
-        attn_mask=mask.repeat_interleave(group, 1).unsqueeze(1),
-    )
+    if mask.shape[1] != width * group:
+        mask = mask.repeat_interleave(group, 1)
+    with planless_attention(queries.device):
+        out = F.scaled_dot_product_attention(
+            stacked.reshape(batch, kv_heads, width * group, dim),
+            kv[:, :kv_heads],
+            kv[:, kv_heads:],
+            attn_mask=mask.unsqueeze(1),
+        )
     out = out.view(batch, kv_heads, width, group, dim).transpose(1, 2)
     return out.reshape(batch, width, heads * dim)

@@ -369,7 +369,7 @@ def _linear_kernel(
         w = weight_ptr.to(tl.pointer_type(tl.uint8)) + start * row_bytes
         _prefetch(w, o_n - i_tile * BLOCK_N, row_bytes, first * BYTES, BLOCK_N, LINES)
         if SWIGLU:
-            w += columns.to(tl.int64) * row_bytes
+            w += (start * 0 + columns) * row_bytes
             _prefetch(w, o_n - i_tile * BLOCK_N, row_bytes, first * BYTES, BLOCK_N, LINES)
     _wait(PDL)
 

@@ -121,7 +121,7 @@ def _residual_of_split(
     return score, winner, target_score, target_winner
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vocabulary", "stride_eb", "n_eos", "blocks"])
 def _verify_rejection_kernel(
     # logits [B, W, V] and [B, GAMMA_MAX, V_draft]
     logits_ptr,

@@ -40,7 +40,7 @@ from .scan import _arrives_last, _best_of_split, _merge_splits
 from .split import ChoiceScratch, SplitConfig, split_row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vocabulary", "stride_eb", "n_eos", "blocks"])
 def _verify_kernel(
     # logits [B, W, V]
     logits_ptr,

@@ -26,6 +26,7 @@ from ..models.base import CausalModel
 from ..models.hub import cache_root
 from ..models.progress import SlowProgress
 from ..policies import CostTable, StepParts, parse_policy
+from .current import on_targets_device
 from .eager import operations
 from .graphed import capture, synchronize
 from .lookup import Lookup, Lookups, draft_matches
@@ -63,6 +64,7 @@ def calibrated(
     return table
 
 
+@on_targets_device
 @torch.inference_mode()
 def measure(target: CausalModel, draft: CausalModel | None, *, graphs: bool = False) -> CostTable:
     """Time whole steps at every γ, in the order of the loop, and fit `CostTable`.
@@ -186,7 +188,7 @@ class _Steps:
                 forward()
             for forward in drafts:
                 logits = forward()[:, -1]
-                self.state.rows[0, at.STOP] = 0
+                self.state.rows[0, at.STOP].fill_(0)  # an assignment would copy from the host
                 self.operations.draft_step(logits, self.state, self.policy)
             self.operations.verify(verify(), self.state, self.policy, eos=self.eos)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 
+from ..models.base import CausalModel
+
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -16,6 +20,19 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     if device.type != "cuda" or not torch.cuda.is_available():
         return nullcontext()
     return torch.cuda.device(device)
+
+
+def on_targets_device(
+    function: Callable[Concatenate[CausalModel, P], T],
+) -> Callable[Concatenate[CausalModel, P], T]:
+    """Make the device of the first argument, the target, the current one while a function runs."""
+
+    @wraps(function)
+    def run(target: CausalModel, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with on_device(target.device):
+            return function(target, *args, **kwargs)
+
+    return run
 
 
 class OnDevice(Iterator[T]):

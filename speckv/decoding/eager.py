@@ -33,6 +33,9 @@ from .lookup import Lookup, Lookups, draft_matches
 from .prepared import prepared
 from .requests import RequestBatch
 
+_NARROW = 8 * at.WIDTH_MAX
+"""Rows of a piece whose bits depend on no other row's, on a GPU too."""
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -173,6 +176,7 @@ class EagerLoop:
             torch.cuda.synchronize(self.target.device)
         return time.perf_counter()
 
+    @torch.inference_mode()
     def finish(self, row: int) -> None:
         """End row ``row`` after the records it has given (a stop text was found on the host)."""
         self._state.rows[row, at.DONE] = at.DONE_STOP
@@ -241,23 +245,32 @@ class EagerLoop:
         return row[at.LENGTH] + at.GAMMA_MAX > self.draft.max_positions
 
     def _feed_prompts(self, run: _Run, rows: list[list[int]], slots: list[int]) -> None:
-        """Feed the draft the texts of which it has seen nothing, but for their last token."""
+        """Feed the draft the texts of which it has seen nothing, but for their last token.
+
+        The prompt by itself, and but for its last token, as the other loops and a trace do: where
+        the last bits of a wide piece depend on how wide it is, those of the draft agree.
+        """
         new = [b for b in slots if not run.draft_length[b]]
         if new:
             start = self._now()
+            for b in new:
+                self._feed_row(run, b, len(run.requests.prompts[b]) - 1)
             self._feed(run, rows, new, left=1)
             self.seconds.prefill += self._now() - start
 
     def _feed(self, run: _Run, rows: list[list[int]], slots: list[int], left: int) -> None:
         """Feed the draft the committed tokens that it lacks, but for the last ``left``."""
-        draft, cache = self._require_draft()
-        held = run.draft_length
         for b in slots:
-            behind = rows[b][at.LENGTH] - left
-            if held[b] < behind:
-                tokens = self._known(run.state.sequence[b, held[b] : behind])
-                draft.prefill(tokens, cache, b, start=held[b], want_logits=False)
-                held[b] = behind
+            while run.draft_length[b] < (end := rows[b][at.LENGTH] - left):
+                self._feed_row(run, b, min(end, run.draft_length[b] + _NARROW))
+
+    def _feed_row(self, run: _Run, b: int, end: int) -> None:
+        draft, cache = self._require_draft()
+        held = run.draft_length[b]
+        if held < end:
+            tokens = self._known(run.state.sequence[b, held:end])
+            draft.prefill(tokens, cache, b, start=held, want_logits=False)
+            run.draft_length[b] = end
 
     def _catch_up(self, run: _Run, rows: list[list[int]], slots: list[int]) -> Tensor:
         """Feed the draft the committed tokens it lacks; logits [len(slots), V_draft]."""

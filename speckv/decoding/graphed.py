@@ -184,10 +184,27 @@ def capture(work: Callable[[], object], pool: Any) -> tuple[Any, Any]:
     meanwhile.
     """
     graph = torch.cuda.CUDAGraph(keep_graph=True)
-    stream = _capture_stream(torch.cuda.current_device())
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        work()
-    return graph, graph.pool()
+    index = torch.cuda.current_device()
+    stream, before = _capture_stream(index), torch.cuda.current_stream()
+    pool = pool or torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            work()
+    except BaseException:
+        end_capture(index, pool, before)
+        raise
+    return graph, pool
+
+
+def end_capture(index: int, pool: Any, stream: Any) -> None:
+    """Tidy up after a capture that failed, which torch 2.11 does not.
+
+    The current stream is then still that of the capture, and the device's allocations still go to
+    its pool: no later capture could begin.
+    """
+    torch.cuda.set_stream(stream)
+    with suppress(Exception):  # later versions have ended it
+        torch._C._cuda_endAllocateToPool(index, pool)
 
 
 @cache

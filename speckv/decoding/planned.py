@@ -256,7 +256,8 @@ class PlannedLoop:
         state, loop = works.state, works.loop
         requests.start(state)
         for row, prompt in enumerate(requests.prompts):
-            state.rows[row, at.DRAFT_LENGTH] = len(prompt) if self._can_reach(prompt) else 0
+            fed = len(prompt) - 1 if self._can_reach(prompt) else 0
+            state.rows[row, at.DRAFT_LENGTH] = fed
         new = [limit - len(p) for limit, p in zip(requests.limits, requests.prompts, strict=True)]
         words = [0] * at.CONTROL_WORDS
         words[at.GENERATION], words[at.MOST_STEPS] = self._generation, max(new) + 1
@@ -276,8 +277,8 @@ class PlannedLoop:
         draft, cache, ids = self.draft, self._models.draft_cache, self._models.input_ids
         assert draft is not None and cache is not None
         for row, prompt in enumerate(requests.prompts):
-            if self._can_reach(prompt):
-                tokens = self._state.sequence[row, : len(prompt)]
+            if self._can_reach(prompt) and len(prompt) > 1:
+                tokens = self._state.sequence[row, : len(prompt) - 1]
                 tokens = tokens if ids is None else ids[tokens.long()]
                 draft.prefill(tokens, cache, row, want_logits=False)
 

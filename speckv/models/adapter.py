@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from speckv.errors import ModelError
 from speckv.kernels.cpu import bits_equal
 from speckv.kernels.cpu_attention import round_up_context
+from speckv.kernels.functional import planless_attention
 from speckv.models.cache import KVCache, host_positions, host_slots
 from speckv.models.config import eos_ids_of
 from speckv.models.quantize import compress
@@ -80,7 +81,7 @@ class TransformersAdapter:
         _refuse_by_kind(model, name)
         self.name = name
         self.compression = compression
-        self.dtype, self.device = dtype, device
+        self.dtype = dtype
         self.eos_ids = eos_ids_of(model.config)
         text_config: Any = model.config.get_text_config()
         longest = getattr(text_config, "max_position_embeddings", None)
@@ -90,6 +91,7 @@ class TransformersAdapter:
         self._model: Any = model if owned else copy.deepcopy(model)
         _convert(self._model, compression, dtype)
         self._model.to(device).eval()
+        self.device = next(self._model.parameters()).device  # with its number
         self._block = _BLOCK
         self._geometry, self.vocab_size = _discover(self._model, name, device)
         self.embedding_size = int(self._model.get_input_embeddings().weight.shape[0])
@@ -177,12 +179,13 @@ class TransformersAdapter:
         layers = [
             _BlockLayer(cache, index, slot, begin, rows, context) for index in range(len(cache.kv))
         ]
-        out = self._model(
-            input_ids=ids,
-            position_ids=places.clamp_(max=self.max_positions - 1)[None],
-            past_key_values=Cache(layers=layers),
-            use_cache=True,
-        )
+        with planless_attention(self.device):
+            out = self._model(
+                input_ids=ids,
+                position_ids=places.clamp_(max=self.max_positions - 1)[None],
+                past_key_values=Cache(layers=layers),
+                use_cache=True,
+            )
         logits: Tensor = out.logits[0, offset : offset + count]
         return logits
 

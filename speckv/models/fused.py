@@ -20,6 +20,7 @@ from speckv.models.config import DecoderConfig
 
 if TYPE_CHECKING:
     from speckv.kernels import Linear
+    from speckv.kernels.attention import Scratch
 
 __all__ = [
     "LAUNCHES_PER_LAYER",
@@ -139,7 +140,8 @@ class FusedLayers:
     def __init__(self, config: DecoderConfig, layers: Sequence[FusedLayer]) -> None:
         self.pdl = False
         self._config, self._layers = config, list(layers)
-        self._scratch: dict[tuple[int, int, int], object] = {}
+        self._scratch: Scratch | None = None
+        self._outgrown: list[Scratch] = []  # captured graphs may point to them
 
     def __call__(
         self, x: Tensor, table: Tensor, positions: Tensor, slots: Tensor, cache: KVCache
@@ -202,13 +204,13 @@ class FusedLayers:
             layer.down(wide, middle, out=x, pdl=self.pdl)
         return x
 
-    def _attention_scratch(self, attended: Tensor, cache: KVCache) -> object:
-        """Scratch for this shape; made when it is first met."""
+    def _attention_scratch(self, attended: Tensor, cache: KVCache) -> Scratch:
+        """Scratch for this shape: one for all, larger where one is met that it is too small for."""
         from speckv.kernels.attention import Scratch
 
-        key = (attended.shape[0], attended.shape[1], cache.rows)
-        if key not in self._scratch:
-            self._scratch[key] = Scratch.allocate(
-                attended.shape, self._config.kv_heads, cache.rows, attended.device
-            )
-        return self._scratch[key]
+        kv_heads = self._config.kv_heads
+        if self._scratch is None or not self._scratch.covers(attended.shape, kv_heads, cache.rows):
+            if self._scratch is not None:
+                self._outgrown.append(self._scratch)
+            self._scratch = Scratch.allocate(attended.shape, kv_heads, cache.rows, attended.device)
+        return self._scratch

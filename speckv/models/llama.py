@@ -435,7 +435,8 @@ class _DeviceStep:
         functional.append_kv(layer, blocks[:, :, self._heads :], self.slots[:, None], self.blocks)
         mask = self._masks.get(window)
         if mask is None:
+            group = self._heads // (layer.shape[2] // 2)
             mask = functional.attention_mask(self.blocks, self._context, qkv.dtype, window)
-            self._masks[window] = mask
+            mask = self._masks[window] = mask.repeat_interleave(group, 1)
         queries = blocks[:, :, : self._heads]
         return functional.attention(queries, layer, self._slots, mask).view(rows, -1)

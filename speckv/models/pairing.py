@@ -71,7 +71,8 @@ def load_draft(
         draft, dtype=target.dtype, device=target.device, progress=progress
     )
     vocabularies = target.vocab_size, model.vocab_size
-    return model, check_compatible(tokenizer, draft_tokenizer, *vocabularies, id_map)
+    checked = check_compatible(tokenizer, draft_tokenizer, *vocabularies, id_map)
+    return model, None if checked is None else checked.to(target.device)
 
 
 def _no_id_map(id_map: Tensor | None, why: str) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..decoding.current import on_targets_device
 from ..decoding.eager import (
     EagerLoop,
     draft_vocabulary,
@@ -33,6 +34,7 @@ from ..sampling import SamplingParams
 from .schema import Answer, Rows
 
 
+@on_targets_device
 @torch.inference_mode()
 def record(
     target: CausalModel,

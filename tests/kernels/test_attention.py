@@ -111,25 +111,23 @@ def test_windows(window: int) -> None:
     assert_close(case.launch(), case.expected(), torch.bfloat16)
 
 
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """38 chunks in a cache: more than a group of the merge has."""
-    config = attention_module.Config(chunk=16, block=16)
+@pytest.fixture(params=[16, 8], ids=lambda block: f"blocks of {block}")
+def small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """38 chunks in a cache: more than there are programs, so that some have two."""
+    config = attention_module.Config(chunk=16, block=request.param)
     monkeypatch.setattr(attention_module, "_select_config", lambda head_dim: config)
 
 
 @pytest.mark.parametrize("window", [None, 100, 550])
-def test_more_chunks_than_are_merged_at_once(window: int | None, small_chunks: None) -> None:
+def test_more_chunks_than_programs(window: int | None, small_chunks: None) -> None:
     for starts in ([254, 583], [510]):
         case = Case.make(starts, 4, heads=2, kv_heads=1, window=window)
         assert_close(case.launch(), case.expected(), torch.bfloat16)
 
 
 @pytest.mark.parametrize("window", [None, 100, 500])
-def test_bits_beside_rows_of_another_group_of_chunks(
-    window: int | None, small_chunks: None
-) -> None:
-    """Rows around position 512, where the merge's second group begins.
+def test_bits_beside_rows_of_a_second_chunk(window: int | None, small_chunks: None) -> None:
+    """Rows around position 512, where the first program's second chunk begins.
 
     Of numbers whose products are exact in any order: the interpreter's, of matrices as small as
     these chunks, have other last bits in other rows.
