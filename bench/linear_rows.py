@@ -24,6 +24,9 @@ from speckv.kernels.packed import Int8Weight, NestedScales, Nf4Weight, Weight
 from speckv.models.quantize import compress
 
 WIDTHS = (1, 9, 5, 16, 3, 32)
+EVERY_WIDTH = ("8B down", "nf4")
+"""A shape and a format that are measured at every width up to 16 as well: bitsandbytes has several
+kernels, and goes by the width."""
 KINDS = ("bf16", "int8", "nf4", "nf4 nested")
 SHAPES: dict[str, tuple[tuple[str, int, int, bool], ...]] = {
     "8B": (
@@ -78,7 +81,10 @@ def _shape_rows(lab: Lab, bandwidth: float | None, facts: Row, swiglu: bool) -> 
     count = lab.launches(len(weights))
     products = [kernels.Linear(w, dtype=torch.bfloat16, swiglu=swiglu) for w in weights]
     name, others = _others(dense, weights, kind, count)
-    for width in (1, 9) if lab.quick or lab.dry else WIDTHS:
+    widths: Sequence[int] = (1, 9) if lab.quick or lab.dry else WIDTHS
+    if (facts["shape"], kind) == EVERY_WIDTH and len(widths) == len(WIDTHS):
+        widths = (*WIDTHS, *sorted({*range(1, 17)} - {*WIDTHS}))
+    for width in widths:
         x = torch.randn(width, depth, device=lab.device, dtype=torch.bfloat16)
         out = torch.empty(width, products[0].columns, device=lab.device, dtype=torch.bfloat16)
         here = facts | {"width": width, "dtype": "bf16", "bytes": size, "copies": len(weights)}

@@ -107,12 +107,12 @@ def _transformers_rows(
 ) -> Iterator[Row]:
     for name, setting in SETTINGS.items():
         draft.generation_config.update(**setting)
-        new = 8 if lab.dry else 128
+        new = 8 if lab.dry else 32 if lab.quick else 128
         run = transformers_side(target, new, assistant_model=draft)
         rates, tokens = [], 0
         for prompt in prompts:
             run(prompt)
-            for _ in range(1 if lab.dry else 3):
+            for _ in range(1 if lab.dry or lab.quick else 3):
                 seconds, said = run(prompt)
                 rates.append(len(said) / seconds)
             tokens += len(said)

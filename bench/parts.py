@@ -86,17 +86,17 @@ PARTS: dict[str, tuple[Section, ...]] = {
         Section("waits", _loops(audit.wait_rows), quick=8),
         Section("memory", _loops(audit.memory_rows), 2.0, quick=8),
         # The profiler may not survive conditional nodes.
-        Section("trace", _loops(audit.traced_rows), 0.7, quick=8, alone=True, vital=False),
+        Section("trace", _loops(audit.traced_rows), 0.7, alone=True, vital=False),
     ),
     "sanitizer": (
-        Section("memcheck", partial(suites.sanitizer_rows, tool="memcheck"), quick=14),
+        Section("memcheck", partial(suites.sanitizer_rows, tool="memcheck")),
         Section("racecheck", partial(suites.sanitizer_rows, tool="racecheck")),
     ),
-    "tests": (_tests(suites.FILES, quick=14),),
-    "tests-decision": (_tests(suites.DECISION_FILES, quick=6),),
-    "tests-decoder": (_tests(suites.DECODER_FILES, quick=8),),
-    "races": (Section("races", partial(suites.race_rows, files=_RACES), quick=6),),
-    "races-decoder": (Section("races", partial(suites.race_rows, files=_DECODER_RACES), quick=6),),
+    "tests": (_tests(suites.FILES, quick=24),),
+    "tests-decision": (_tests(suites.DECISION_FILES, quick=10),),
+    "tests-decoder": (_tests(suites.DECODER_FILES, quick=14),),
+    "races": (Section("races", partial(suites.race_rows, files=_RACES), quick=10),),
+    "races-decoder": (Section("races", partial(suites.race_rows, files=_DECODER_RACES)),),
 }
 GROUPS = {"kernels": ("draft", "verify", "linear")}
 """Parts under one name."""

@@ -238,7 +238,9 @@ def _process(jobs: Sequence[Job], out: Path, options: Options, end: float, last:
         problem = "the process hung and was killed" if code is None else _ended(code)
         row: Row = {"name": section.name, "exit_code": 124 if code is None else 1}
         row["problem"] = problem
-        if not section.vital:
+        if options.quick and code is None:  # it had little time
+            row = {"name": section.name, "cut": problem}
+        elif not section.vital:
             row = {"name": section.name, "skipped": problem}
         facts = {} if (out / f"{part}.json").exists() else environment()
         PartFile(out, part, facts).add(row, options)

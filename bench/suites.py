@@ -25,8 +25,8 @@ PROBE = "tests/gpu/test_probe_gpu.py"
 EVERY_KERNEL = "tests/gpu/test_every_kernel_gpu.py"
 FILES: Mapping[str, str] = {
     EVERY_KERNEL: "test_a_launch",
-    "tests/gpu/test_loops_gpu.py": "count or (bf16 and (greedy-1 or waits))",
     "tests/models/test_llama.py": "",
+    "tests/gpu/test_loops_gpu.py": "count or (bf16 and (greedy-1 or waits))",
 }
 """Tests of the kernels' launches and of the loops, and which of them the quick form selects."""
 DECISION_FILES: Mapping[str, str] = {
@@ -54,10 +54,9 @@ def test_rows(lab: Lab, files: Mapping[str, str]) -> Iterator[Row]:
     for index, (path, selected) in enumerate(files.items()):
         if lab.quick and not selected:
             continue
-        options = ["-k", selected] if lab.quick else _workers()
-        yield _tests(
-            lab, path, "gpu and not slow", lab.seconds_left / (len(files) - index), options
-        )
+        options, environment = (["-k", selected], {}) if lab.quick else _workers()
+        limit = lab.seconds_left / (len(files) - index)
+        yield _tests(lab, path, "gpu and not slow", limit, options, environment)
 
 
 def race_rows(lab: Lab, files: Sequence[str]) -> Iterator[Row]:
@@ -117,11 +116,17 @@ def _pytest(path: str, marked: str) -> list[str]:
     return [*command, "-p", "no:cacheprovider", "--durations=5"]
 
 
-def _workers() -> list[str]:
-    """Compiling takes longest: several processes, where there is what it takes."""
-    if importlib.util.find_spec("xdist") is None or (os.cpu_count() or 1) < 2 * _WORKERS:
-        return []
-    return ["-n", str(_WORKERS), "--dist", "loadgroup"]
+def _workers() -> tuple[list[str], dict[str, str]]:
+    """Options and environment of several processes, where there is what it takes.
+
+    Each has threads of its own for the references on the CPU: threads of several processes would
+    wait for each other.
+    """
+    count = os.cpu_count() or 1
+    if importlib.util.find_spec("xdist") is None or count < 2 * _WORKERS:
+        return [], {}
+    threads = {"OMP_NUM_THREADS": str(count // _WORKERS)}
+    return ["-n", str(_WORKERS), "--dist", "load"], threads
 
 
 def _missing(*programs: str) -> str | None:

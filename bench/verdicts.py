@@ -161,8 +161,49 @@ def _waits(rows: Sequence[Row]) -> Found:
             yield float(len(row["traced_syncs"])), row["name"]
 
 
+def _exit_codes(start: str = "") -> Callable[[Sequence[Row]], Found]:
+    """Of the runs of tests whose names begin so."""
+
+    def find(rows: Sequence[Row]) -> Found:
+        for row in rows:
+            if row["name"].startswith(start) and row.get("exit_code") is not None:
+                yield float(row["exit_code"]), row["name"]
+
+    return find
+
+
+def _other_tokens(rows: Sequence[Row]) -> Found:
+    """Answers that are not plain decoding's; in other formats than bf16 they may not be."""
+    for row in rows:
+        if row.get("identical_to_plain") is not None:
+            yield float(failed(row)), row["name"]
+
+
+def _growth(rows: Sequence[Row]) -> Found:
+    """Whether many generations left memory taken."""
+    for row in rows:
+        if row.get("grew") is not None:
+            yield float(row["grew"]), row["name"]
+
+
+def _right(name: str, part: str, find: Callable[[Sequence[Row]], Found]) -> Goal:
+    """A goal that is met where nothing is wrong, and not measured where nothing was run."""
+    return Goal(name, part, find, 0.0, wrong_too=True)
+
+
 _AT = {"vocabulary": 128_256, "batch": 1}
 GOALS = (
+    _right("words, modules and conditional nodes", "probe", _exit_codes()),
+    _right("tests of kernels and loops", "tests", _exit_codes()),
+    _right("tests of the decision", "tests-decision", _exit_codes()),
+    _right("tests of the decoder, every width and batch", "tests-decoder", _exit_codes()),
+    _right("a million launches, the decision's kernels", "races", _exit_codes()),
+    _right("a million launches, the decoder's kernels", "races-decoder", _exit_codes()),
+    _right("memcheck", "sanitizer", _exit_codes("compute-sanitizer memcheck")),
+    _right("racecheck", "sanitizer", _exit_codes("compute-sanitizer racecheck")),
+    _right("tokens of every loop and policy", "e2e", _other_tokens),
+    _right("tokens of every loop and policy, 8B", "e2e-8b", _other_tokens),
+    _right("memory after a thousand generations", "audit", _growth),
     Goal("a decision", "loop", _metric("chained draft_step", "kernel_us", **_AT), 5.0, unit="us"),
     Goal(
         "a decision above an argmax, chained",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             marks.add("interpreter")
         if "gpu" in marks:
             needing_gpu.append(item)
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
         unsuited = marks & ({"aot", "gpu"} if INTERPRETED else {"interpreter"})
         (wrong_mode if unsuited else kept).append(item)
     if wrong_mode:
@@ -45,14 +45,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def _group(item: pytest.Item) -> str:
-    """Tests that one worker of pytest-xdist runs: a file's, or a compression's where it has them.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """``--dist loadgroup`` by `_group`: its own groups are parts of ids, which pytest 9.2 keeps."""
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    return ByGroup(config, log)
+
+
+def _group(nodeid: str) -> str:
+    """Tests that one worker of pytest-xdist runs: a file's, or a format's where they name one.
 
     Fixtures load models and decode plainly by file and compression.
     """
-    parameters = getattr(item, "callspec", None)
-    compression = parameters.params.get("compression", "") if parameters is not None else ""
-    return f"{os.path.relpath(item.path, HERE)} {compression}"
+    file, _, test = nodeid.partition("::")
+    named = re.search(r"\b(fp32|fp16|bf16|int8|nf4)\b", test.partition("[")[2])
+    return f"{file} {named[1] if named else ''}"
 
 
 def _has_gpu() -> bool:

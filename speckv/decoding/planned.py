@@ -21,8 +21,9 @@ from ..kernels.layout import LoopState, StepState
 from ..models.base import CausalModel
 from . import plan as of
 from .draft_rows import DraftRows
-from .eager import Seconds, StepRecord, draft_vocabulary, missing_draft, not_finite
+from .eager import Seconds, StepRecord, missing_draft, not_finite
 from .requests import RequestBatch
+from .vocabulary import draft_vocabulary
 from .works import Form, Models, Works
 
 _HALF = 32

@@ -17,7 +17,6 @@ from torch import Tensor
 from ..decoding.current import on_targets_device
 from ..decoding.eager import (
     EagerLoop,
-    draft_vocabulary,
     gather,
     operations,
     read_rows,
@@ -25,6 +24,7 @@ from ..decoding.eager import (
 )
 from ..decoding.prepared import prepared
 from ..decoding.requests import RequestBatch
+from ..decoding.vocabulary import draft_vocabulary
 from ..kernels import layout as at
 from ..kernels import reference
 from ..kernels.layout import GAMMA_MAX, SIGNALS, WIDTH_MAX, StepState

@@ -105,7 +105,7 @@ def test_rows_of_the_audit(dry_run: Path) -> None:
     assert all(row["syncs"] == 0 and row["steps"] > 0 for row in rows)
     named = {row["name"]: row for row in rows_of(dry_run, "audit")}
     assert named["memory of the planned loop"]["generations"] == 20
-    assert named["trace of the planned loop"]["traced_syncs"] is None
+    assert named["trace"]["skipped"] == "not in the quick form"
 
 
 def test_rows_of_pairs(dry_run: Path) -> None:

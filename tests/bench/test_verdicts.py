@@ -94,3 +94,24 @@ def test_a_forward_and_waits() -> None:
     row = found["waits of the host in a generation"]
     assert (row["measured"], row["met"], row["where"]) == (2.0, False, ["b"])
     assert judged({"audit": traced})["waits of the host in a generation"]["met"] is True
+
+
+def test_what_is_right_or_wrong() -> None:
+    ran = {"name": "pytest tests/gpu/test_loops_gpu.py", "exit_code": 0}
+    tools = [
+        {"name": "compute-sanitizer memcheck", "exit_code": 0},
+        {"name": "compute-sanitizer racecheck", "skipped": "not installed"},
+    ]
+    said = {"name": "device fixed:4", "identical_to_plain": True, "dtype": "bf16"}
+    grew = {"name": "memory of the device loop", "grew": True}
+    parts = {"tests": [ran], "sanitizer": tools, "e2e": [said], "audit": [grew]}
+    found = {row["name"].removeprefix("goal: "): row for row in verdicts(parts)}
+    assert found["tests of kernels and loops"]["met"] is True
+    assert found["memcheck"]["met"] is True and found["racecheck"]["met"] is None
+    assert found["tokens of every loop and policy"]["met"] is True
+    assert found["memory after a thousand generations"]["met"] is False
+    stopped = {"tests": [ran, {**ran, "exit_code": 124}], "e2e": [{**said} | {"loop": "device"}]}
+    stopped["e2e"][0]["identical_to_plain"] = False
+    found = {row["name"].removeprefix("goal: "): row for row in verdicts(stopped)}
+    assert found["tests of kernels and loops"]["met"] is False
+    assert found["tokens of every loop and policy"]["met"] is False
