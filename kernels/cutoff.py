@@ -34,8 +34,8 @@ from .cutoff_kernel import GROUPS, _cutoff_select_kernel, _cutoff_sum_kernel
 from .registry import FP_FUSION, KernelSpec, Variant
 from .split import SplitConfig, split_row
 
-SELECT_REGISTERS = 80
-"""Of a thread of the selection; left to choose, the assembler of Triton 3.6 spills two of 72."""
+SELECT_REGISTERS = 112
+"""Of a thread of the selection; left to choose, the assembler of Triton 3.6 spills."""
 
 
 def _select_config(vocabulary: int) -> SplitConfig:

@@ -186,41 +186,83 @@ def _candidates(candidate_ptr, first, number):
 
 
 @triton.jit
-def _at_or_above(candidate_ptr, number, key, top, inv):
-    """Number and mass, relative to ``top``, of the candidates whose keys are at least ``key``."""
+def _at_or_above(candidate_ptr, number, key, top, inv, SHIFT: tl.constexpr):
+    """Number and mass units, relative to ``top``, of candidates whose keys are at least ``key``."""
     b_count = tl.zeros([_TILE], tl.int32)
     b_mass = tl.zeros([_TILE], tl.int64)
     for first in range(0, number, _TILE):
         b_x = _candidates(candidate_ptr, first, number)
-        kept = _key(b_x) >= key
+        kept = (_key(b_x) >> SHIFT) >= key
         b_count += kept.to(tl.int32)
         b_units = tl.where(kept, tl.exp((b_x - top) * inv), 0.0) * _MASS_UNITS
         b_mass += b_units.to(tl.int64)
-    return tl.sum(b_count, 0), tl.sum(b_mass, 0).to(tl.float32) / _MASS_UNITS
+    return tl.sum(b_count, 0), tl.sum(b_mass, 0)
 
 
 @triton.jit
-def _select(candidate_ptr, number, low, count_low, k, mass, top, inv, BY_MASS: tl.constexpr):
+def _mass(units):
+    return units.to(tl.float32) / _MASS_UNITS
+
+
+@triton.jit
+def _keep_between(candidate_ptr, number, low, high, SHIFT: tl.constexpr):
+    """Move the candidates of keys from ``low`` to below ``high`` to the front; their number."""
+    kept = number * 0
+    for first in range(0, number, _TILE):
+        b_x = _candidates(candidate_ptr, first, number)
+        b_key = _key(b_x) >> SHIFT
+        keep = (b_key >= low) & (b_key < high) & (first + tl.arange(0, _TILE) < number)
+        b_place = tl.cumsum(keep.to(tl.int32), 0)
+        tl.debug_barrier()  # all of the tile is loaded before some of it is overwritten
+        tl.store(candidate_ptr + kept + b_place - 1, b_x, mask=keep)
+        kept += tl.max(b_place, 0)
+    tl.debug_barrier()
+    return kept
+
+
+@triton.jit
+def _select(
+    candidate_ptr,
+    number,
+    low,
+    count_low,
+    k,
+    mass,
+    top,
+    inv,
+    BY_MASS: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
     """Largest candidate with at least ``k`` candidates, or ``mass``, at or above it.
 
     Bisection between the key ``low``, which ``count_low`` are at or above, and the key of ``top``,
-    until one candidate or one key is left.
+    until one candidate or one key is left. By mass there may be as many candidates as tokens: those
+    that are decided on are dropped while there are many. Comes with the number and the mass units
+    at or above it.
     """
-    high = _key(top) + 1
+    high = (_key(top) >> SHIFT) + 1
     count_high = count_low * 0
+    units_high = count_high.to(tl.int64)
+    dropped, dropped_units = count_high, units_high
     while (low + 1 < high) & (count_low - count_high > 1):
         middle = (low & high) + ((low ^ high) >> 1)
-        count, above = _at_or_above(candidate_ptr, number, middle, top, inv)
-        enough = above >= mass if BY_MASS else count >= k
+        count, units = _at_or_above(candidate_ptr, number, middle, top, inv, SHIFT)
+        count, units = count + dropped, units + dropped_units
+        enough = _mass(units) >= mass if BY_MASS else count >= k
         if enough:
             low, count_low = middle, count
         else:
-            high, count_high = middle, count
+            high, count_high, units_high = middle, count, units
+        if BY_MASS:  # noqa: SIM102 - the second test is made on the device
+            if number > 2 * _TILE:
+                number = _keep_between(candidate_ptr, number, low, high, SHIFT)
+                dropped, dropped_units = count_high, units_high
     b_lowest = tl.full([_TILE], float("inf"), tl.float32)
     for first in range(0, number, _TILE):
         b_x = _candidates(candidate_ptr, first, number)
-        b_lowest = tl.minimum(b_lowest, tl.where(_key(b_x) >= low, b_x, float("inf")))
-    return tl.min(b_lowest, 0)
+        b_lowest = tl.minimum(b_lowest, tl.where((_key(b_x) >> SHIFT) >= low, b_x, float("inf")))
+    count, units = _at_or_above(candidate_ptr, number, low, top, inv, SHIFT)
+    return tl.min(b_lowest, 0), count + dropped, units + dropped_units
 
 
 @triton.jit(do_not_specialize=["vocabulary", "width", "blocks"])
@@ -279,20 +321,27 @@ def _cutoff_select_kernel(
         mass = tl.load(bound_ptr + i_row * 3 + 2)
         inv = tl.load(inv_ptr + i_row)
         inv = tl.where(inv == 0.0, 1.0, inv)
-        low = tl.maximum(_key(floor), _ABOVE_INFINITY)
+        # What the bits of a narrower type leave constant is not bisected.
+        BITS: tl.constexpr = candidate_ptr.dtype.element_ty.fp_mantissa_width
+        SHIFT: tl.constexpr = 23 - BITS
+        low = tl.maximum(_key(floor), _ABOVE_INFINITY) >> SHIFT
         count = number
         cutoff = tl.full((), float("-inf"), tl.float32)
         if HAS_K:
             k = tl.load(k_ptr + i_row)
             # Fewer than k possible tokens: the k-th largest logit is -inf, and all are kept.
             if (k > 0) & (k < vocabulary) & (k <= number):
-                cutoff = _select(candidate_ptr, number, low, number, k, mass, top, inv, False)
-                low = _key(cutoff)
-                count, mass = _at_or_above(candidate_ptr, number, low, top, inv)
+                cutoff, count, units = _select(
+                    candidate_ptr, number, low, number, k, mass, top, inv, False, SHIFT
+                )
+                low = _key(cutoff) >> SHIFT
+                mass = _mass(units)
         if HAS_P:
             p = tl.load(p_ptr + i_row)
             if p < 1.0:
-                cutoff = _select(candidate_ptr, number, low, count, 0, p * mass, top, inv, True)
-                _, mass = _at_or_above(candidate_ptr, number, _key(cutoff), top, inv)
+                cutoff, _, units = _select(
+                    candidate_ptr, number, low, count, 0, p * mass, top, inv, True, SHIFT
+                )
+                mass = _mass(units)
         tl.store(cutoff_ptr + i_row, cutoff)
         tl.store(lse_ptr + i_row, tl.log(mass) + top * inv)

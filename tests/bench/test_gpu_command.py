@@ -106,6 +106,9 @@ def test_rows_of_the_audit(dry_run: Path) -> None:
     named = {row["name"]: row for row in rows_of(dry_run, "audit")}
     assert named["memory of the planned loop"]["generations"] == 20
     assert named["trace"]["skipped"] == "not in the quick form"
+    trace = next(section for section in gpu.PARTS["audit"] if section.name == "trace")
+    traced = {row["name"]: row for row in trace.rows(gpu.Lab(quick=False, dry=True))}
+    assert traced["trace of the planned loop"]["traced_syncs"] is None
 
 
 def test_rows_of_pairs(dry_run: Path) -> None:

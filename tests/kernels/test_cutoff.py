@@ -98,6 +98,17 @@ def test_large_vocabulary(vocabulary: int) -> None:
     compare(logits, torch.tensor([1.0, 1.2, 0.9]), top_k, torch.tensor([1.0, 0.9, 0.8]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [0.0, 0.2, 1.0])
+def test_nearly_all_tokens_are_candidates(scale: float, dtype: torch.dtype) -> None:
+    """Those that are decided on are dropped on the way, alone or after top-k."""
+    generator = torch.Generator().manual_seed(8)
+    logits = (scale * torch.randn(4, 9001, generator=generator)).to(dtype)
+    top_k = torch.tensor([0, 0, 6000, 0], dtype=torch.int32)
+    top_p = torch.tensor([0.5, 0.99, 0.7, 0.03])
+    compare(logits, torch.ones(4), top_k, top_p)
+
+
 @pytest.mark.parametrize("k", [1, 2, 31, 32, 33, 64, 256, 257, 999, 1000, 1001])
 def test_every_kind_of_k(k: int) -> None:
     """Fewer than the groups, as many, more, and as many as there are tokens."""
