@@ -70,8 +70,6 @@ def linear_out(
         kind, codes, scale = "int8", weight.codes, weight.scale
     elif isinstance(weight, Nf4Weight):
         kind, codes, scale, nested = "nf4", weight.codes, weight.absmax, weight.nested
-        x = x.view(torch.int32)
-        norm = None if norm is None else norm.view(torch.int32)
     tiles = triton.cdiv(columns, config.block_n)
     # The stride of a single row means nothing, and must not choose another compilation.
     _linear_kernel[(triton.cdiv(rows, TILE_ROWS), tiles, config.splits)](
@@ -399,7 +397,7 @@ def _variant(
     config = _select_config(columns, depth, capability, kind, swiglu)
     split = config.splits > 1
     signature = {
-        "x_ptr": "*i32" if kind == "nf4" else f"*{dtype}",
+        "x_ptr": f"*{dtype}",
         "weight_ptr": {"dense": f"*{dtype}", "int8": "*i8", "nf4": "*u8"}[kind],
         "out_ptr": f"*{dtype}",
         "stride_x": "i32",
@@ -411,7 +409,7 @@ def _variant(
         "eps": "fp32",
     }
     optional = {
-        "norm_ptr": ("*i32" if kind == "nf4" else f"*{dtype}", norm),
+        "norm_ptr": (f"*{dtype}", norm),
         "scale_ptr": ("*u8" if nested else "*fp32", kind != "dense"),
         "nested_code_ptr": ("*fp32", nested),
         "nested_absmax_ptr": ("*fp32", nested),

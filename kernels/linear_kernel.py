@@ -14,8 +14,8 @@ are summed on the way, and the sums are divided by ``sqrt(mean(x²) + eps)`` bef
 
 nf4 (Dettmers et al., QLoRA, 2023) scales by blocks of 64 along K. The sum over a block is taken of
 the bare code values, rounded to the type of ``x``, and is then scaled by the block's ``absmax``:
-one multiplication a block and column instead of one a weight. A byte holds two weights, so each
-block is the sum of two products, of the even and of the odd elements of ``x``.
+one multiplication a block and column instead of one a weight. A byte holds two neighbours in K,
+and is looked up as a pair: one register of what the tensor cores take.
 
 Rules: neither the blocks, nor the splits, nor their order depend on how many rows there are or on
 where in its tile a row is, so its bits do not either. NaN and infinities stay in their row. Weight
@@ -84,14 +84,6 @@ def _weigh(x, norm, squares, EMULATED: tl.constexpr):
     wide = x.to(tl.float32)
     squares += tl.sum(wide * wide, axis=1)
     return _round(wide * norm.to(tl.float32)[None, :], x.dtype, EMULATED), squares
-
-
-@triton.jit
-def _halves(pair, dtype: tl.constexpr):
-    """Even and odd elements of ``dtype`` from pairs of them in int32."""
-    even = pair.to(tl.int16).to(dtype, bitcast=True)
-    odd = (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
-    return even, odd
 
 
 @triton.jit
@@ -177,40 +169,26 @@ def _column(scales, i: tl.constexpr, SUBS: tl.constexpr):
 
 @triton.jit
 def _values(codes, table_ptr, dtype: tl.constexpr, STANDARD: tl.constexpr):
-    """Values of the first and of the second weight of each byte, rounded to ``dtype``."""
+    """Values [N, 64] of the weights in bytes [N, 32], rounded to ``dtype``."""
     if STANDARD:
-        if dtype == tl.bfloat16:
-            first, second = tl.inline_asm_elementwise(
-                _LOOKUP_BF16,
-                "=r,=r,=r,=r,r",
-                [codes],
-                (tl.bfloat16, tl.bfloat16),
-                is_pure=True,
-                pack=4,
-            )
-        else:
-            first, second = tl.inline_asm_elementwise(
-                _LOOKUP_FP16,
-                "=r,=r,=r,=r,r",
-                [codes],
-                (tl.float16, tl.float16),
-                is_pure=True,
-                pack=4,
-            )
+        LOOKUP: tl.constexpr = _LOOKUP_BF16 if dtype == tl.bfloat16 else _LOOKUP_FP16
+        pair = tl.inline_asm_elementwise(
+            LOOKUP, "=r,=r,=r,=r,r", [codes], tl.int32, is_pure=True, pack=4
+        )
+        first = pair.to(tl.int16).to(dtype, bitcast=True)
+        second = (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
     else:
         code = codes.to(tl.int32)
         first = tl.load(table_ptr + (code >> 4))
         second = tl.load(table_ptr + (code & 15))
-    return first, second
+    return tl.reshape(tl.join(first, second), [codes.shape[0], 2 * codes.shape[1]])
 
 
 @triton.jit
-def _sum_block(x_even, x_odd, codes, absmax, table_ptr, acc, STANDARD, EMULATED):
+def _sum_block(x, codes, absmax, table_ptr, acc, STANDARD, EMULATED):
     """``acc`` plus the sum over one block of 64 elements of K."""
-    w_even, w_odd = _values(codes, table_ptr, x_even.dtype, STANDARD)
-    partial = _dot(x_even, w_even, tl.zeros_like(acc), EMULATED)
-    partial = _dot(x_odd, w_odd, partial, EMULATED)
-    return acc + partial * absmax[None, :]
+    w = _values(codes, table_ptr, x.dtype, STANDARD)
+    return acc + _dot(x, w, tl.zeros_like(acc), EMULATED) * absmax[None, :]
 
 
 @triton.jit
@@ -232,7 +210,6 @@ def _sum_nf4(
     depth,
     first,
     last,
-    dtype: tl.constexpr,
     NORM: tl.constexpr,
     NESTED: tl.constexpr,
     STANDARD: tl.constexpr,
@@ -242,11 +219,8 @@ def _sum_nf4(
     STAGES: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
-    """`_sum_dense` of packed nf4; ``o_n`` and ``o_up`` index weight rows.
-
-    ``x_ptr`` and ``norm_ptr`` are of int32, a pair of elements each.
-    """
-    o_pair = tl.arange(0, 32)
+    """`_sum_dense` of packed nf4; ``o_n`` and ``o_up`` index weight rows."""
+    o_byte = tl.arange(0, 32)
     o_x = tl.arange(0, _ROWS) * stride_x
     acc = tl.zeros([_ROWS, BLOCK_N], tl.float32)
     acc_up = acc
@@ -267,23 +241,22 @@ def _sum_nf4(
                 scale_ptr, nested_code_ptr, nested_absmax_ptr, offset_ptr, o_block, NESTED, SUBS
             )
         for i_sub in tl.static_range(SUBS):
-            o_k = (i_step * SUBS + i_sub) * 32 + o_pair
-            pair = tl.load(x_ptr + o_x[:, None] + o_k[None, :], mask=m_rows[:, None], other=0)
-            x_even, x_odd = _halves(pair, dtype)
-            if NORM:
-                norm_even, norm_odd = _halves(tl.load(norm_ptr + o_k), dtype)
-                x_even, squares = _weigh(x_even, norm_even, squares, EMULATED)
-                x_odd, squares = _weigh(x_odd, norm_odd, squares, EMULATED)
-            o_codes = o_w[:, None] + o_k[None, :]
+            i_block = i_step * SUBS + i_sub
+            o_k = i_block * 64 + tl.arange(0, 64)
+            o_codes = o_w[:, None] + (i_block * 32 + o_byte)[None, :]
+            # Codes ahead of ``x``: the other way round takes more registers.
             codes = tl.load(weight_ptr + o_codes)
-            absmax = _column(scales, i_sub, SUBS)
-            acc = _sum_block(x_even, x_odd, codes, absmax, table_ptr, acc, STANDARD, EMULATED)
+            codes_up = codes
             if SWIGLU:
-                codes = tl.load(up_ptr + o_codes)
+                codes_up = tl.load(up_ptr + o_codes)
+            x = tl.load(x_ptr + o_x[:, None] + o_k[None, :], mask=m_rows[:, None], other=0)
+            if NORM:
+                x, squares = _weigh(x, tl.load(norm_ptr + o_k), squares, EMULATED)
+            absmax = _column(scales, i_sub, SUBS)
+            acc = _sum_block(x, codes, absmax, table_ptr, acc, STANDARD, EMULATED)
+            if SWIGLU:
                 absmax = _column(scales_up, i_sub, SUBS)
-                acc_up = _sum_block(
-                    x_even, x_odd, codes, absmax, table_ptr, acc_up, STANDARD, EMULATED
-                )
+                acc_up = _sum_block(x, codes_up, absmax, table_ptr, acc_up, STANDARD, EMULATED)
     return acc, acc_up, squares
 
 
@@ -311,8 +284,8 @@ def _finish(
 @triton.jit(do_not_specialize=["rows"])
 def _linear_kernel(
     # inputs
-    x_ptr,  # [rows, K]; int32 [rows, K / 2] for nf4
-    norm_ptr,  # [K]; int32 [K / 2] for nf4
+    x_ptr,  # [rows, K]
+    norm_ptr,  # [K]
     weight_ptr,  # [N, K]; uint8 [N, K / 2] for nf4
     scale_ptr,  # int8: [N]; nf4: [N * K / 64]
     nested_code_ptr,  # [256]
@@ -392,7 +365,6 @@ def _linear_kernel(
             depth,
             first,
             last,
-            out_ptr.dtype.element_ty,
             NORM,
             NESTED,
             STANDARD,

@@ -41,8 +41,8 @@ def table_lookup(dtype: torch.dtype) -> str:
     Returns
     -------
     str
-        It writes the values of the four high nibbles to ``$0`` and ``$1``, and those of the four
-        low nibbles to ``$2`` and ``$3``, two a register, the first in the low half.
+        It writes to ``$0 .. $3`` the values of the four bytes, that of the high nibble, which comes
+        first, in the low half.
     """
     words = [v & 0xFFFF for v in torch.tensor(NF4_TABLE).to(dtype).view(torch.int16).tolist()]
     planes = [[w >> shift & 0xFF for w in words] for shift in (0, 8)]
@@ -64,8 +64,8 @@ def table_lookup(dtype: torch.dtype) -> str:
                 f"prmt.b32 {name}, small, large, side;",
             ]
         lines += [
-            f"prmt.b32 ${pair}, low, high, 0x7351;",
-            f"prmt.b32 ${pair + 2}, low, high, 0x6240;",
+            f"prmt.b32 ${2 * pair}, low, high, 0x4051;",
+            f"prmt.b32 ${2 * pair + 1}, low, high, 0x6273;",
         ]
     return "{\n" + "\n".join(lines) + "\n}"
 

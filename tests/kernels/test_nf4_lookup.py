@@ -48,7 +48,7 @@ def test_every_byte_in_every_place(dtype: torch.dtype) -> None:
         four = [byte, byte * 7 % 256, 255 - byte, byte * 31 % 256]
         found = run(ptx, int.from_bytes(bytes(four), "little"))
         halves = [half for register in found for half in (register & 0xFFFF, register >> 16)]
-        assert halves == [values[b >> 4] for b in four] + [values[b & 15] for b in four]
+        assert halves == [values[code] for b in four for code in (b >> 4, b & 15)]
 
 
 def test_only_known_instructions_are_used() -> None:
