@@ -451,7 +451,7 @@ def _variant(
 
 
 def _variants() -> tuple[Variant, ...]:
-    """The products of a decoder of 2,048 hidden units, and the odd ones."""
+    """The products of a decoder of 2,048 hidden units, the largest of 4,096, and the odd ones."""
     variants = []
     for kind in ("dense", "int8", "nf4"):
         variants += [
@@ -479,6 +479,7 @@ def _variants() -> tuple[Variant, ...]:
         _variant("bf16-dense-tail", "bf16", "dense", 2048, 1040),
         _variant("bf16-dense-odd", "bf16", "dense", 1031, 1031, bias=True, residual=True),
         _variant("bf16-int8-odd", "bf16", "int8", 1031, 1031, swiglu=True, bias=True),
+        _variant("bf16-nf4-8B-norm-swiglu", "bf16", "nf4", 14_336, 4096, norm=True, swiglu=True),
         _variant("bf16-nf4-nested", "bf16", "nf4", 3072, 2048, nested=True),
         _variant("bf16-nf4-table", "bf16", "nf4", 3072, 2048, table=True),
     )

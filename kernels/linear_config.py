@@ -78,7 +78,9 @@ def _select_config(
     the busiest multiprocessor, in units of half the time in which it can read a block of weights:
 
     - a program alone reads at half that speed, and programs together at no more than all of it;
-    - each wave of as many programs as are resident fills its pipelines for two blocks' time;
+    - each wave of as many programs as are resident fills its pipelines for two blocks' time; in
+      nf4, where a multiprocessor is kept busy by looking codes up, that of all but the first is
+      hidden behind others;
     - each partial sum takes half a block's time to merge.
 
     The number of rows has no say: a row's result must not depend on it.
@@ -121,7 +123,8 @@ def _select_config(
         programs = tiles * splits
         waves = _cdiv(programs, resident * multiprocessors)
         speed = max(2 * waves, _cdiv(programs, multiprocessors))
-        return speed * _cdiv(blocks, splits) + 4 * waves + (splits if splits > 1 else 0)
+        filled = 1 if kind == "nf4" else waves
+        return speed * _cdiv(blocks, splits) + 4 * filled + (splits if splits > 1 else 0)
 
     return replace(whole, splits=min(range(1, min(blocks, SPLITS_MAX) + 1), key=cost))
 
