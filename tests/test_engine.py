@@ -445,3 +445,13 @@ def test_the_loop_passes_what_the_kernels_accept(
     checked.generate(["hello", "ab"], rejection)
     checked.generate("hello", rejection)
     checked.generate("hello", GREEDY)
+
+
+def test_a_target_whose_rows_depend_on_each_other_is_told_of() -> None:
+    target = model(table(seed=0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Engine(target, Letters(), policy="fixed:0")
+    target.width_invariant = False
+    with pytest.warns(UserWarning, match="tabular: in torch.float32 on cpu the last bits of a row"):
+        Engine(target, Letters(), policy="fixed:0")
