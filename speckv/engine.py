@@ -91,7 +91,7 @@ class Engine:
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size: expected at least 1, got {max_batch_size}")
         if not getattr(target, "width_invariant", True):
-            what = "the last bits of a row depend on those beside it, so that a token about as likely"
+            what = "the last bits of a row depend on those beside it, so a token about as likely"
             where = f"{target.name}: in {target.dtype} on {target.device}"
             warnings.warn(f"{where} {what} as plain decoding's may come instead", stacklevel=2)
         self.target, self.tokenizer, self.draft = target, tokenizer, draft
