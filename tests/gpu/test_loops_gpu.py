@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from bench.e2e_rows import random_decoder
 from bench.lab import Lab
 from bench.loop_rows import conditional_plans, conditional_rows
 from speckv.decoding import EagerLoop, RequestBatch, StepRecord
+from speckv.decoding.calibrate import measure
 from speckv.decoding.choice import choose_loop
 from speckv.models.llama import LlamaDecoder
 from speckv.policies import parse_policy
@@ -116,6 +118,11 @@ def test_the_host_never_waits(
             audit = SyncAudit()
             audited(loop, requests, packed(policy), audit)
             assert audit.found == [], (way, policy)
+
+
+def test_costs_are_measured_on_captured_steps(pair: tuple[LlamaDecoder, LlamaDecoder]) -> None:
+    table = measure(*pair, graphs=True)
+    assert all(0 < before <= after for before, after in pairwise(table.step_ms))
 
 
 def test_a_row_that_the_host_ends(
