@@ -81,8 +81,10 @@ def _shape_rows(lab: Lab, bandwidth: float | None, facts: Row, swiglu: bool) -> 
     count = lab.launches(len(weights))
     products = [kernels.Linear(w, dtype=torch.bfloat16, swiglu=swiglu) for w in weights]
     name, others = _others(dense, weights, kind, count)
-    widths: Sequence[int] = (1, 9) if lab.quick or lab.dry else WIDTHS
-    if (facts["shape"], kind) == EVERY_WIDTH and len(widths) == len(WIDTHS):
+    widths: Sequence[int] = WIDTHS
+    if lab.quick or lab.dry:
+        widths = (1, 9)
+    elif (facts["shape"], kind) == EVERY_WIDTH:
         widths = (*WIDTHS, *sorted({*range(1, 17)} - {*WIDTHS}))
     for width in widths:
         x = torch.randn(width, depth, device=lab.device, dtype=torch.bfloat16)

@@ -322,8 +322,7 @@ def _cutoff_select_kernel(
         inv = tl.load(inv_ptr + i_row)
         inv = tl.where(inv == 0.0, 1.0, inv)
         # What the bits of a narrower type leave constant is not bisected.
-        BITS: tl.constexpr = candidate_ptr.dtype.element_ty.fp_mantissa_width
-        SHIFT: tl.constexpr = 23 - BITS
+        SHIFT: tl.constexpr = 23 - candidate_ptr.dtype.element_ty.fp_mantissa_width
         low = tl.maximum(_key(floor), _ABOVE_INFINITY) >> SHIFT
         count = number
         cutoff = tl.full((), float("-inf"), tl.float32)

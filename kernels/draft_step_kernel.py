@@ -130,20 +130,10 @@ def _load_block(logits_ptr, i_block, vocabulary, BLOCK: tl.constexpr):
 
 @triton.jit
 def _scores(
-    x,
-    i_block,
-    inv_temperature,
-    seed,
-    request,
-    index,
-    purpose,
-    cutoff,
-    id_map_ptr,
-    vocabulary,
-    HAS_ID_MAP: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x, i_block, draw, id_map_ptr, vocabulary, HAS_ID_MAP: tl.constexpr, BLOCK: tl.constexpr
 ):
     """``x / T + gumbel`` of a block of logits; -inf below the cutoff, and for a greedy row."""
+    inv_temperature, cutoff, seed, request, index, purpose = draw
     y = tl.full([BLOCK], float("-inf"), tl.float32)
     if inv_temperature != 0.0:
         if HAS_ID_MAP:
@@ -223,6 +213,7 @@ def _draft_step_kernel(
         cutoff = float("-inf")
         if HAS_CUTOFFS:
             cutoff = tl.load(cutoffs_ptr + i_row)
+        draw = (inv_temperature, cutoff, seed, request, index, purpose)
     if idle:
         return
 
@@ -235,39 +226,13 @@ def _draft_step_kernel(
     if SAMPLED:
         logit = x
         drawn = token
-        score = _scores(
-            x,
-            i_split,
-            inv_temperature,
-            seed,
-            request,
-            index,
-            purpose,
-            cutoff,
-            id_map_ptr,
-            vocabulary,
-            HAS_ID_MAP,
-            BLOCK,
-        )
+        score = _scores(x, i_split, draw, id_map_ptr, vocabulary, HAS_ID_MAP, BLOCK)
     for i_block in range(i_split + SPLITS, tl.cdiv(vocabulary, BLOCK), SPLITS):
         x = _load_block(logits_ptr, i_block, vocabulary, BLOCK)
         o_token = i_block * BLOCK + o
         top, second, total, weighted, token = _fold(x, o_token, top, second, total, weighted, token)
         if SAMPLED:
-            y = _scores(
-                x,
-                i_block,
-                inv_temperature,
-                seed,
-                request,
-                index,
-                purpose,
-                cutoff,
-                id_map_ptr,
-                vocabulary,
-                HAS_ID_MAP,
-                BLOCK,
-            )
+            y = _scores(x, i_block, draw, id_map_ptr, vocabulary, HAS_ID_MAP, BLOCK)
             drawn = tl.where(y > score, o_token, drawn)
             logit = tl.where(y > score, x, logit)
             score = tl.maximum(score, y)

@@ -339,11 +339,12 @@ def _linear_kernel(
         BYTES: tl.constexpr = BLOCK_K * BITS // 8
         LINES: tl.constexpr = max(STAGES * BYTES // 128, 1)
         row_bytes = depth * BITS // 8
-        w = weight_ptr.to(tl.pointer_type(tl.uint8)) + start * row_bytes
-        _prefetch(w, o_n - i_tile * BLOCK_N, row_bytes, first * BYTES, BLOCK_N, LINES)
+        w = weight_ptr.to(tl.pointer_type(tl.uint8))
+        o_own = o_n - i_tile * BLOCK_N
+        _prefetch(w + start * row_bytes, o_own, row_bytes, first * BYTES, BLOCK_N, LINES)
         if SWIGLU:
-            w += (start * 0 + columns) * row_bytes
-            _prefetch(w, o_n - i_tile * BLOCK_N, row_bytes, first * BYTES, BLOCK_N, LINES)
+            w += (start + columns) * row_bytes
+            _prefetch(w, o_own, row_bytes, first * BYTES, BLOCK_N, LINES)
     _wait(PDL)
 
     if KIND == "nf4":

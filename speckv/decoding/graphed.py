@@ -58,15 +58,14 @@ class InFlight:
         The word first: a stream with a WHILE may look idle, and what the host wrote for the next
         generation would then be read by the last one. Then the rest of the graph.
         """
-        if self.launched:
-            self.launched = False  # one wait: what is in vain once is in vain again
-            ended = self.loop.ended.numpy()
-            try:
+        try:
+            if self.launched:
+                self.launched = False  # one wait: what is in vain once is in vain again
+                ended = self.loop.ended.numpy()
                 await_word(self.device, lambda: int(ended[0]) >> 32 == self.generation)
-            finally:  # what runs still must end before its graph is given back
+        finally:  # what runs still must end before its graph is given back
+            if self.generation:
                 synchronize(self.device)
-        elif self.generation:
-            synchronize(self.device)
         self.generation = 0
 
     @torch.inference_mode()

@@ -257,8 +257,7 @@ class PlannedLoop:
         state, loop = works.state, works.loop
         requests.start(state)
         for row, prompt in enumerate(requests.prompts):
-            fed = len(prompt) - 1 if self._can_reach(prompt) else 0
-            state.rows[row, at.DRAFT_LENGTH] = fed
+            state.rows[row, at.DRAFT_LENGTH] = self._fed(prompt)
         new = [limit - len(p) for limit, p in zip(requests.limits, requests.prompts, strict=True)]
         words = [0] * at.CONTROL_WORDS
         words[at.GENERATION], words[at.MOST_STEPS] = self._generation, max(new) + 1
@@ -266,9 +265,10 @@ class PlannedLoop:
         loop.control.copy_(torch.tensor(words, dtype=torch.int32))
         loop.cancel.zero_()
 
-    def _can_reach(self, prompt: list[int]) -> bool:
-        """Whether the draft can draft after a prompt."""
-        return self.draft is not None and len(prompt) + at.GAMMA_MAX < self.draft.max_positions
+    def _fed(self, prompt: list[int]) -> int:
+        """Tokens of a prompt that the draft is fed: none where it cannot draft after it."""
+        reached = self.draft is not None and len(prompt) + at.GAMMA_MAX < self.draft.max_positions
+        return len(prompt) - 1 if reached else 0
 
     def _prefill(self, requests: RequestBatch, works: Works) -> None:
         works.accept(requests.prefill(self.target, works.state, self._models.target_cache))
@@ -278,8 +278,8 @@ class PlannedLoop:
         draft, cache, ids = self.draft, self._models.draft_cache, self._models.input_ids
         assert draft is not None and cache is not None
         for row, prompt in enumerate(requests.prompts):
-            if self._can_reach(prompt) and len(prompt) > 1:
-                tokens = self._state.sequence[row, : len(prompt) - 1]
+            if fed := self._fed(prompt):
+                tokens = self._state.sequence[row, :fed]
                 tokens = tokens if ids is None else ids[tokens.long()]
                 draft.prefill(tokens, cache, row, want_logits=False)
 
