@@ -1,13 +1,14 @@
-"""Rows of what a decoder launches besides plain products: attention, RoPE, products with epilogues.
+"""Rows of what a decoder launches besides plain products.
 
-Shapes are those of Llama-3.2-1B and Llama-3.1-8B. Attention reads the keys and values of every
-position before it once: these are its bytes.
+They are attention, RoPE, products with norms and epilogues, and packed weights written out. Shapes
+are those of Llama-3.2-1B and Llama-3.1-8B. Attention reads the keys and values of every position
+before it once: these are its bytes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from bench.lab import Calls, Lab, Row, isolated, nothing
 from bench.linear_rows import SHAPES, copy_of, packed, shared, weight_bytes
 from speckv import kernels
 from speckv.kernels import functional, reference_linear
+from speckv.kernels.packed import Weight
 from speckv.models.fused import row_operations
 
 _HEADS = {"Llama-3.1-8B": (32, 8, 128), "Llama-3.2-1B": (32, 8, 64)}
@@ -154,6 +156,25 @@ def _product(lab: Lab, bandwidth: float | None, facts: Row) -> Iterator[Row]:
             calls: Calls = [partial(product, x, residual, out=out) for product in turns]
             row |= shared(lab.time(calls, nothing), size, bandwidth)
         yield row
+    if not isinstance(weight, Tensor):
+        yield _expansion(lab, bandwidth, facts, weights)
+
+
+def _expansion(lab: Lab, bandwidth: float | None, facts: Row, weights: Sequence[Weight]) -> Row:
+    """What a packed weight costs where many rows are multiplied: it is written out before."""
+    whole = [weight for weight in weights if not isinstance(weight, Tensor)]
+    rows, depth = whole[0].shape
+    size = weight_bytes(whole[0]) + 2 * rows * depth
+    out = torch.empty(rows, depth, device=lab.device, dtype=torch.bfloat16)
+    calls: Calls = [
+        partial(kernels.expand, whole[i % len(whole)], torch.bfloat16, out=out)
+        for i in range(lab.launches(len(whole)))
+    ]
+    calls[0]()
+    same = torch.equal(out, whole[0].expand(torch.bfloat16))
+    row: Row = {"name": "expand", **facts, "rows": rows, "depth": depth, "bytes": size}
+    row |= {"copies": len(whole), "matches_reference": same}
+    return row | (shared(lab.time(calls, nothing), size, bandwidth) if same else {})
 
 
 def _random(lab: Lab, *shape: int) -> Tensor:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .cutoff import cutoff as cutoff
     from .draft_step import DraftStep as DraftStep
     from .draft_step import draft_step as draft_step
+    from .expand import expand as expand
     from .linear import Linear as Linear
     from .linear import linear as linear
     from .loop_step import close_step as close_step
@@ -45,6 +46,7 @@ PUBLIC = {
     "close_step": "loop_step",
     "cutoff": "cutoff",
     "draft_step": "draft_step",
+    "expand": "expand",
     "keep_draft": "loop_step",
     "linear": "linear",
     "publish_conditions": "loop_step",

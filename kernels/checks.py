@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .packed import NESTED_BLOCK, NF4_BLOCK, Int8Weight, Nf4Weight
+
 _DTYPES = {
     "floating": (torch.float32, torch.float16, torch.bfloat16),
     "float32": (torch.float32,),
@@ -74,6 +76,41 @@ def check_tensor(
         raise ValueError(
             f"{name}: expected unit stride in the last dimension, got {tensor.stride(-1)}"
         )
+
+
+def check_packed(weight: Int8Weight | Nf4Weight) -> torch.device:
+    """Refuse a packed weight whose tensors do not fit its shape, or each other.
+
+    Returns
+    -------
+    torch.device
+        Where it is.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `check_tensor`, naming the tensor.
+    """
+    device = weight.codes.device
+
+    def check(name: str, tensor: Tensor, dtype: str, *shape: int | None) -> None:
+        check_tensor(f"weight.{name}", tensor, dtype, shape, device, dense=True)
+
+    if isinstance(weight, Int8Weight):
+        check("codes", weight.codes, "int8", None, None)
+        check("scale", weight.scale, "float32", weight.shape[0])
+        return device
+    total, nested = weight.shape[0] * weight.shape[1], weight.nested
+    blocks = -(-total // NF4_BLOCK)
+    check("codes", weight.codes, "uint8", -(-total // 2))
+    check("absmax", weight.absmax, "float32" if nested is None else "uint8", blocks)
+    check("table", weight.table, "float32", 16)
+    if nested is not None:
+        outer = -(-blocks // NESTED_BLOCK)
+        check("nested.table", nested.table, "float32", 256)
+        check("nested.absmax", nested.absmax, "float32", outer)
+        check("nested.offset", nested.offset, "float32", outer)
+    return device
 
 
 def check_scratch(scratch: object, sizes: Mapping[str, int]) -> None:

@@ -14,12 +14,12 @@ import triton
 from torch import Tensor
 
 from . import reference_linear
-from .checks import check_scratch, check_tensor, dtype_name
+from .checks import check_packed, check_scratch, check_tensor, dtype_name
 from .device import EMULATED
 from .linear_config import TILE_ROWS, Config, Scratch, _select_config
 from .linear_kernel import _linear_kernel
 from .nf4_lookup import NF4_TABLE
-from .packed import NESTED_BLOCK, NF4_BLOCK, Int8Weight, Nf4Weight, Weight
+from .packed import NF4_BLOCK, Int8Weight, Nf4Weight, Weight
 from .registry import FP_FUSION, KernelSpec, Variant
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -333,35 +333,13 @@ def _check_weight(weight: Weight, dtype: torch.dtype) -> torch.device:
     if isinstance(weight, Tensor):
         check_tensor("weight", weight, dtype_name(dtype), (None, None), dense=True)
         device = weight.device
-    elif isinstance(weight, Int8Weight):
-        device = weight.codes.device
-        check_tensor("weight.codes", weight.codes, "int8", (None, None), device, dense=True)
-        check_tensor(
-            "weight.scale", weight.scale, "float32", (weight.shape[0],), device, dense=True
-        )
-    elif isinstance(weight, Nf4Weight):
-        device = weight.codes.device
-        rows, depth = weight.shape
-        if depth % NF4_BLOCK:
+    elif isinstance(weight, Int8Weight | Nf4Weight):
+        if isinstance(weight, Nf4Weight) and weight.shape[1] % NF4_BLOCK:
             raise ValueError(
-                f"weight: expected nf4 rows of a multiple of {NF4_BLOCK} elements, got {depth}"
+                f"weight: expected nf4 rows of a multiple of {NF4_BLOCK} elements, "
+                f"got {weight.shape[1]}"
             )
-        blocks = rows * depth // NF4_BLOCK
-        nested = weight.nested
-        codes = (rows * depth // 2,)
-        check_tensor("weight.codes", weight.codes, "uint8", codes, device, dense=True)
-        absmax_type = "float32" if nested is None else "uint8"
-        check_tensor("weight.absmax", weight.absmax, absmax_type, (blocks,), device, dense=True)
-        check_tensor("weight.table", weight.table, "float32", (16,), device, dense=True)
-        if nested is not None:
-            outer = (triton.cdiv(blocks, NESTED_BLOCK),)
-            check_tensor("weight.nested.table", nested.table, "float32", (256,), device, dense=True)
-            check_tensor(
-                "weight.nested.absmax", nested.absmax, "float32", outer, device, dense=True
-            )
-            check_tensor(
-                "weight.nested.offset", nested.offset, "float32", outer, device, dense=True
-            )
+        device = check_packed(weight)
     else:
         raise TypeError(
             f"weight: expected a tensor, Int8Weight or Nf4Weight, got {type(weight).__name__}"

@@ -30,6 +30,7 @@ MODULES = (
     "rejection",
     "cutoff",
     "linear",
+    "expand",
     "rms_norm",
     "rope_append",
     "attention",

@@ -19,7 +19,10 @@ from speckv.models.weights import DecoderWeights, TensorSource, build_weights
 
 __all__ = ["LlamaDecoder"]
 
-_DEVICE_CHUNK = 512
+_CHUNK = 512, 2048
+"""Fewest and most tokens of a prompt that an accelerator takes at once."""
+_MASK_ELEMENTS = 2**27
+"""Of the attention mask that those between are chosen for."""
 
 
 class LlamaDecoder:
@@ -245,7 +248,7 @@ class LlamaDecoder:
             raise ValueError(f"tokens: expected [length >= 1], got {tuple(tokens.shape)}")
         hidden = tokens
         place = start
-        chunk = self._counts[-1] if self._on_host else _DEVICE_CHUNK
+        chunk = self._chunk(start + tokens.shape[0])
         for piece in torch.split(tokens, chunk):
             end = place + piece.shape[0]
             hidden = self._hidden(
@@ -253,6 +256,17 @@ class LlamaDecoder:
             )
             place = end
         return self._logits(hidden[piece.shape[0] - 1 :][:1])[0] if want_logits else None
+
+    def _chunk(self, context: int) -> int:
+        """Tokens that are prefilled at once: on an accelerator many, each chunk reads all weights.
+
+        They depend on nothing but how much there is to attend to.
+        """
+        if self._on_host:
+            return self._counts[-1]
+        group = self.config.heads // self.config.kv_heads
+        fewest, most = _CHUNK
+        return min(max(_MASK_ELEMENTS // (group * context), fewest), most)
 
     def _block(self, start: int, end: int) -> Sequence[int] | Tensor:
         """``start`` of a forward of one sequence; on CUDA made there: sending it is a wait."""

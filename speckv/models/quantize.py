@@ -9,7 +9,8 @@ blocks are compressed; embeddings, norms and the head stay in the activation typ
 transformers.
 
 On the CPU a compressed weight is expanded once, at load, and runs dense: the numerics are those of
-the compressed model, the memory is not saved. On CUDA it stays packed and is expanded per call.
+the compressed model, the memory is not saved. On CUDA it stays packed: kernels read
+it so for few rows, and for many it is expanded per call.
 """
 
 from __future__ import annotations

@@ -90,14 +90,18 @@ class DecoderWeights:
 
 @dataclass(frozen=True)
 class _Expanding:
-    """A packed weight, expanded at every call."""
+    """A packed weight, written out whole at every call."""
 
     weight: Int8Weight | Nf4Weight
     bias: Tensor | None
-    dtype: torch.dtype
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        weight = self.weight.expand(self.dtype)
+        if x.device.type == "cpu":
+            weight = self.weight.expand(x.dtype)
+        else:
+            from speckv.kernels import expand  # needs triton
+
+            weight = expand(self.weight, x.dtype)
         if residual is None:
             return functional.linear(x, weight, self.bias)
         return functional.linear_add(x, residual, weight, self.bias)
@@ -165,7 +169,7 @@ class _Builder:
     def linear(self, parameters: Parameters, *, residual: bool = False) -> RowOperation:
         weight, shift = parameters.weight, parameters.bias
         if not isinstance(weight, Tensor):
-            return _Expanding(weight, shift, self.dtype)
+            return _Expanding(weight, shift)
         if self.invariant:
             return cpu.CpuLinear(weight, shift, residual=residual)
         run = functional.linear_add if residual else functional.linear

@@ -35,11 +35,16 @@ def test_dry_run(tmp_path: Path) -> None:
     assert {row["name"] for row in rows} - {"linear"} == {
         *("copy", "F.linear", "bitsandbytes.matmul_4bit", "bitsandbytes.matmul int8"),
         *("attention", "rope_append", "F.scaled_dot_product_attention", "product of a layer"),
+        "expand",
     }
     layer = [row for row in rows if row["name"] == "product of a layer"]
     parts = ("qkv", "out", "gate-up", "down", "head")
     assert {row["shape"] for row in layer} == {f"tiny {part}" for part in parts}
     assert all(row["matches_reference"] for row in layer)
+    expanded = {(row["shape"], row["kind"]): row for row in rows if row["name"] == "expand"}
+    assert set(expanded) == {(f"tiny {p}", kind) for p in parts[:4] for kind in ("nf4", "int8")}
+    assert all(row["matches_reference"] for row in expanded.values())
+    assert expanded["tiny down", "int8"]["bytes"] == 3 * 96 * 128 + 4 * 96
 
 
 def test_shapes_are_those_of_the_models() -> None:

@@ -96,6 +96,25 @@ def linear() -> None:
             torch.testing.assert_close(found.cpu(), expected, rtol=2e-2, atol=2e-2 * scale)
 
 
+def expand_int8() -> None:
+    expand("int8")
+
+
+def expand_nf4() -> None:
+    for kind in ("nf4", "nested"):
+        expand(kind)
+
+
+def expand(kind: str) -> None:
+    weight = weight_of(kind, 70, 1088, BF16)
+    assert not isinstance(weight, Tensor)
+    found = kernels.expand(on_device(weight), BF16).cpu()
+    if kind == "nested":
+        assert_close(found, weight.expand(BF16), BF16)
+    else:
+        assert torch.equal(found, weight.expand(BF16))
+
+
 def attention() -> None:
     cache, queries = random(2, 600, 4, 64).to(BF16), random(1, 3, 4, 64, seed=1).to(BF16)
     positions, slots = torch.tensor([[500, 501, 502]]), torch.tensor([1])
@@ -180,8 +199,8 @@ def keep_draft() -> None:
 CASES: dict[str, Callable[[], None]] = {
     case.__name__: case
     for case in (
-        *(argmax, draft_step, verify, verify_rejection, cutoff, linear, attention),
-        *(rope_append, rms_norm, step_inputs, close_step, keep_draft),
+        *(argmax, draft_step, verify, verify_rejection, cutoff, linear, expand_int8),
+        *(expand_nf4, attention, rope_append, rms_norm, step_inputs, close_step, keep_draft),
     )
 }
 _LAUNCHED_BY = {

@@ -15,7 +15,7 @@ import speckv.kernels
 from bench.roofline import TINY
 from speckv.kernels.linear_config import Config, Scratch
 from speckv.kernels.packed import Nf4Weight
-from speckv.models import fused, weights
+from speckv.models import fused, llama, weights
 from speckv.models.config import DecoderConfig
 from speckv.models.fused import LAUNCHES_PER_LAYER, ROWS_MAX, Parameters
 from speckv.models.llama import LlamaDecoder
@@ -168,6 +168,30 @@ def test_long_prompts_take_the_other_path(tokens: Tensor) -> None:
         start = [ROWS_MAX + 100]
         found.append(each.forward(tokens[None, 300:304], start, cache).float())
     assert distance(*found) <= BOUND[torch.bfloat16]
+
+
+@pytest.mark.parametrize(("mask", "pieces"), [(1, [150, 150, 100]), (2**20, [200, 200]), (0, None)])
+def test_chunks_of_a_prompt_are_as_long_as_its_mask_allows(
+    mask: int, pieces: list[int] | None, monkeypatch: pytest.MonkeyPatch, tokens: Tensor
+) -> None:
+    """Few, for every chunk reads all weights; what they leave in the cache is the same."""
+    model, whole = build("llama", "nf4"), build("llama", "nf4")
+    if pieces is not None:
+        monkeypatch.setattr(llama, "_CHUNK", (150, 200))
+        monkeypatch.setattr(llama, "_MASK_ELEMENTS", mask)
+    widths, hidden = [], model._hidden
+
+    def recorded(block: Tensor, *arguments: Any) -> Tensor:
+        widths.append(block.shape[1])
+        return hidden(block, *arguments)
+
+    monkeypatch.setattr(model, "_hidden", recorded)
+    found = model.prefill(tokens[:400], model.new_cache(1, 400), 0)
+    assert widths == (pieces or [400])
+    monkeypatch.undo()
+    expected = whole.prefill(tokens[:400], whole.new_cache(1, 400), 0)
+    assert found is not None and expected is not None
+    assert distance(found.float(), expected.float()) <= BOUND[torch.bfloat16]
 
 
 def test_drafts_are_fused_too(tokens: Tensor) -> None:
