@@ -39,6 +39,7 @@ def linear_out(
     swiglu: bool = False,
     norm: Tensor | None = None,
     eps: float = 0.0,
+    norm_scale: float = 1.0,
     table: Tensor | None = None,
     pdl: bool = False,
 ) -> None:
@@ -49,7 +50,7 @@ def linear_out(
 
     Parameters
     ----------
-    x, weight, out, bias, residual, swiglu, norm, eps
+    x, weight, out, bias, residual, swiglu, norm, eps, norm_scale
         As in `linear`.
     config : Config
     scratch : Scratch
@@ -93,6 +94,7 @@ def linear_out(
         columns,
         depth,
         eps,
+        norm_scale,
         KIND=kind,
         NORM=norm is not None,
         SWIGLU=swiglu,
@@ -120,7 +122,7 @@ class Linear:
 
     Parameters
     ----------
-    weight, bias, swiglu, norm, eps
+    weight, bias, swiglu, norm, eps, norm_scale
         As in `linear`. The tensors are kept, and read at each call.
     dtype : torch.float16 | torch.bfloat16
         Of what will be passed to the calls, and of the results.
@@ -151,6 +153,7 @@ class Linear:
         swiglu: bool = False,
         norm: Tensor | None = None,
         eps: float = 0.0,
+        norm_scale: float = 1.0,
         rows_max: int = ROWS_MAX,
         scratch: Scratch | None = None,
     ) -> None:
@@ -164,9 +167,11 @@ class Linear:
             check_tensor("norm", norm, dtype_name(dtype), (self.depth,), device, dense=True)
         if not eps >= 0:
             raise ValueError(f"eps: expected a number from 0 on, got {eps}")
+        if not norm_scale > 0:
+            raise ValueError(f"norm_scale: expected a number above 0, got {norm_scale}")
         self.columns = rows // 2 if swiglu else rows
         self._weight, self._bias, self._swiglu = weight, bias, swiglu
-        self._norm, self._eps = norm, eps
+        self._norm, self._eps, self._norm_scale = norm, eps, norm_scale
         self.dtype, self.device = dtype, device
         self.scratch: Scratch | None = None
         if device.type != "cpu":
@@ -197,6 +202,7 @@ class Linear:
                 swiglu=self._swiglu,
                 norm=self._norm,
                 eps=self._eps,
+                norm_scale=self._norm_scale,
             )
         else:
             linear_out(
@@ -210,6 +216,7 @@ class Linear:
                 swiglu=self._swiglu,
                 norm=self._norm,
                 eps=self._eps,
+                norm_scale=self._norm_scale,
                 table=self._table,
                 pdl=pdl,
             )
@@ -237,6 +244,7 @@ def linear(
     swiglu: bool = False,
     norm: Tensor | None = None,
     eps: float = 0.0,
+    norm_scale: float = 1.0,
     out: Tensor | None = None,
 ) -> Tensor:
     """``x @ weight.T + bias``, optionally of normalised rows, through SwiGLU, plus a residual.
@@ -267,6 +275,8 @@ def linear(
         Their products with it must be finite.
     eps : float
         Of the norm: what is added to the mean square.
+    norm_scale : float
+        What a normalised row is multiplied by, in fp32: of a ``norm`` that was divided by it.
     out : Tensor [M, columns], optional
         Overwritten. Unit stride in the columns; may be ``residual``, and nothing else that is read.
 
@@ -292,7 +302,14 @@ def linear(
         raise ValueError(f"x: expected [M, K], got {_describe(x)}")
     dtype = dtype_name(x.dtype)
     product = Linear(
-        weight, dtype=x.dtype, bias=bias, swiglu=swiglu, norm=norm, eps=eps, rows_max=x.shape[0]
+        weight,
+        dtype=x.dtype,
+        bias=bias,
+        swiglu=swiglu,
+        norm=norm,
+        eps=eps,
+        norm_scale=norm_scale,
+        rows_max=x.shape[0],
     )
     check_tensor("x", x, dtype, (x.shape[0], product.depth), product.device)
     shape = (x.shape[0], product.columns)
@@ -385,6 +402,7 @@ def _variant(
         "columns": "i32",
         "depth": "i32",
         "eps": "fp32",
+        "norm_scale": "fp32",
     }
     optional = {
         "norm_ptr": (f"*{dtype}", norm),
@@ -420,7 +438,7 @@ def _variant(
             "PDL": pdl,
             "EMULATED": False,
         },
-        divisible=frozenset(signature) - {"rows", "eps", *unaligned},
+        divisible=frozenset(signature) - {"rows", "eps", "norm_scale", *unaligned},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.maxnreg,

@@ -10,7 +10,8 @@ index order. Then, in fp32, with ``n`` a row of ``W`` and a single rounding at t
 
 A NORM takes the product of the RMS-normalised rows (Zhang and Sennrich, 2019): elements of ``x``
 are multiplied by the norm's weight, rounded to the type of ``x``, as they are read, their squares
-are summed on the way, and the sums are divided by ``sqrt(mean(x²) + eps)`` before the bias.
+are summed on the way, and the sums times ``norm_scale`` are divided by ``sqrt(mean(x²) + eps)``
+before the bias.
 
 nf4 (Dettmers et al., QLoRA, 2023) scales by blocks of 64 along K. The sum over a block is taken of
 the bare code values, rounded to the type of ``x``, and is then scaled by the block's ``absmax``:
@@ -306,6 +307,7 @@ def _linear_kernel(
     columns,
     depth,
     eps,
+    norm_scale,
     # constants
     KIND: tl.constexpr,  # "dense", "int8", "nf4"
     NORM: tl.constexpr,
@@ -429,7 +431,7 @@ def _linear_kernel(
 
     row_scale = squares
     if NORM:
-        row_scale = 1.0 / tl.sqrt(squares / depth + eps)
+        row_scale = norm_scale / tl.sqrt(squares / depth + eps)
     INT8: tl.constexpr = KIND == "int8"
     acc = _finish(acc, row_scale, scale_ptr, bias_ptr, o_n, NORM, INT8, HAS_BIAS)
     if SWIGLU:

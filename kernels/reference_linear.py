@@ -19,6 +19,7 @@ def linear(
     swiglu: bool = False,
     norm: Tensor | None = None,
     eps: float = 0.0,
+    norm_scale: float = 1.0,
 ) -> None:
     """``out = x @ weight.T``, with norm, bias, SwiGLU and residual; see `speckv.kernels.linear`.
 
@@ -30,7 +31,7 @@ def linear(
     if norm is None:
         y = F.linear(wide, dense)
     else:
-        scale = (wide.square().mean(dim=1, keepdim=True) + eps).rsqrt()
+        scale = (wide.square().mean(dim=1, keepdim=True) + eps).rsqrt() * norm_scale
         y = F.linear((wide * norm.float()).to(x.dtype).float(), dense) * scale
     if bias is not None:
         y = y + bias.float()

@@ -145,7 +145,7 @@ def show(console: Console, report: Report) -> None:
     fact("cpu features", ", ".join(features) or "none of those speckv profits from")
     fact("cpu operations", escape(report.cpu_operations))
     for device in report.devices:
-        fact("device", escape(device["name"]))
+        fact("device", escape(f"{device['name']}: {device['loop']}"))
     cached = report.model["folder"] if report.model["cached"] else "not fetched yet"
     fact("default model", escape(f"{report.model['name']}: {cached}"))
 
@@ -334,10 +334,11 @@ def _cpu_operations() -> str:
 
 
 def _devices(versions: dict[str, str | None]) -> list[dict[str, Any]]:
-    devices: list[dict[str, Any]] = [{"type": "cpu", "name": "cpu"}]
     if versions["torch"] is None:
-        return devices
+        return [{"type": "cpu", "name": "cpu", "loop": "none"}]
     import torch
+
+    devices = [{"type": "cpu", "name": "cpu", "loop": _loop("cpu")}]
 
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
@@ -347,9 +348,22 @@ def _devices(versions: dict[str, str | None]) -> list[dict[str, Any]]:
                 "type": "cuda",
                 "name": f"cuda:{index} {properties.name}, sm_{properties.major}{properties.minor}, "
                 f"{gib:.0f} GiB",
+                "loop": _loop(f"cuda:{index}"),
             }
         )
     return devices
+
+
+def _loop(device: str) -> str:
+    """Which loop decodes there, and why not a faster one; on a GPU it has run a small graph."""
+    try:
+        import torch
+
+        from .decoding.choice import best_loop
+
+        return str(best_loop(torch.device(device)))
+    except Exception as error:  # without a package that the report names elsewhere, or a broken GPU
+        return f"no loop ({_one_line(error)})"
 
 
 def _default_model() -> dict[str, Any]:

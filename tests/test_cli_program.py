@@ -27,6 +27,7 @@ from speckv._cli_output import (
 from speckv.decoding import trained
 from speckv.decoding.trained import warn_untrained
 from speckv.errors import UntrainedPolicyWarning
+from tests.children import python
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -126,6 +127,11 @@ def test_version_and_help() -> None:
         assert done.returncode == 0
         assert all(name in done.stdout for name in ("generate", "chat", "doctor"))
     assert "--compare" in _program("generate", "--help").stdout
+
+
+def test_the_package_is_a_program_too() -> None:
+    done = python("import runpy; runpy.run_module('speckv', run_name='__main__')")
+    assert (done.returncode, done.stdout.split()[:2]) == (0, ["Usage:", "speckv"])
 
 
 def test_help_and_mistakes_do_not_import_torch() -> None:

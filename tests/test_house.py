@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import io
 import json
 import os
 import re
@@ -14,29 +13,16 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from speckv import doctor
 from speckv._version import __version__
 from speckv.errors import ModelError, NumericsError, PolicyError, SpeckvError
 from tests import report
+from tests.children import python
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*(ROOT / "speckv").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 MODULES = sorted([*SOURCES, *(ROOT / "bench").rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
 KERNELS = [path for path in SOURCES if (ROOT / "kernels") in path.parents]
-
-
-def _python(program: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=env | environment,
-        timeout=300,
-    )
 
 
 def _id(path: Path) -> str:
@@ -50,7 +36,7 @@ def test_kernels_is_a_committed_symlink() -> None:
 
 def test_kernels_are_refused_under_another_name() -> None:
     for program in ("from kernels import reference", "import kernels.reference"):
-        done = _python(program)
+        done = python(program)
         assert done.returncode == 1
         assert "ImportError" in done.stderr or "ModuleNotFoundError" in done.stderr
 
@@ -61,7 +47,7 @@ def test_transformers_works_from_the_repository_root() -> None:
         "from transformers.utils import is_kernels_available; print(is_kernels_available());"
         "import transformers.models.llama.modeling_llama"
     )
-    done = _python(program)
+    done = python(program)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "False\n"
 
@@ -72,12 +58,12 @@ def test_imports_without_triton() -> None:
         "import speckv, speckv.kernels.reference, speckv.engine, speckv.cli, speckv.doctor\n"
         "assert speckv.Engine and speckv.SamplingParams"
     )
-    done = _python(program)
+    done = python(program)
     assert done.returncode == 0, done.stderr
 
 
 def test_importing_the_package_is_cheap() -> None:
-    done = _python("import sys, speckv, speckv.cli; print('torch' in sys.modules)")
+    done = python("import sys, speckv, speckv.cli; print('torch' in sys.modules)")
     assert done.stdout == "False\n", done.stderr
 
 
@@ -210,7 +196,7 @@ def test_an_unpacked_wheel_imports(
     with zipfile.ZipFile(distributions[origin]) as archive:
         archive.extractall(tmp_path)
     program = "import speckv, speckv.cli, speckv.kernels.reference as r; print(r.__file__)"
-    done = _python(program, cwd=tmp_path)
+    done = python(program, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()) == tmp_path / "speckv" / "kernels" / "reference.py"
 
@@ -224,7 +210,7 @@ def test_the_readme_names_real_commands() -> None:
         assert named and named <= targets, f"{page}: {named - targets}"
 
 
-def test_the_readme_example_is_valid_python() -> None:
+def test_the_readme_example_is_validpython() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     compile(example, "README.md", "exec")
@@ -393,104 +379,3 @@ def test_report_is_written_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert document["versions"]["torch"] and document["machine"]["cpu"]
     assert os.uname().nodename not in json.dumps(document["machine"])
     assert document["lossless"]["cells"] == 0
-
-
-def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {name: "1.0" for name in ("torch", "triton", "transformers", "gguf", "safetensors")}
-    monkeypatch.setattr(doctor, "_declared_ranges", lambda: {"torch": _Range(), "gguf": _Range()})
-    problems = list(doctor._package_problems({**found, "gguf": None, "bitsandbytes": None}))
-    assert [(item.what, item.why, item.get) for item in problems] == [
-        ("torch", "1.0 is outside >=2", "pip install 'torch>=2'"),
-        ("bitsandbytes", "not installed", "pip install 'bitsandbytes'"),
-        ("gguf", "not installed", "pip install 'gguf>=2'"),
-    ]
-
-
-class _Range:
-    def contains(self, version: str, prereleases: bool) -> bool:
-        return version.startswith("2")
-
-    def __str__(self) -> str:
-        return ">=2"
-
-
-def test_doctor_judges_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry = pytest.importorskip("speckv.kernels.registry")
-    variants = tuple(registry.Variant(name, {}, {}) for name in ("ok", "spills", "fat", "broken"))
-    spec = registry.KernelSpec("k", None, variants, max_registers=64, max_shared_bytes=1024)
-    used = {"ok": (64, 0, 1024), "spills": (64, 8, 0), "fat": (65, 0, 0)}
-
-    def compile_variant(spec: object, variant: object, arch: str) -> object:
-        name = variant.name  # type: ignore[attr-defined]
-        if name == "broken":
-            raise RuntimeError("at 5:8:\n x = y\nNameError('y is not defined')")
-        return registry.CompiledResources("k", name, arch, *used[name], cubin=b"")
-
-    monkeypatch.setattr(registry, "all_specs", lambda: (spec,))
-    monkeypatch.setattr(registry, "compile_variant", compile_variant)
-    first, *checks = doctor.compile_kernels()
-    assert first == {"total": 12}
-    assert len(checks) == 12
-    assert {check["variant"]: check["problem"] for check in checks} == {
-        "ok": None,
-        "spills": "spills 8 bytes",
-        "fat": "more than 64 registers",
-        "broken": "does not compile: NameError('y is not defined')",
-    }
-    assert checks[0]["registers"] == 64 and checks[-1]["registers"] is None
-
-
-def test_doctor_shows_failures_and_how_to_mend_them() -> None:
-    checks = [
-        doctor.KernelCheck("k", "a", "sm_90", 40, 0, 64, None),
-        doctor.KernelCheck("k", "b", "sm_90", 90, 0, 32, "more than 64 registers"),
-        doctor.KernelCheck("k", "c", "sm_90", None, None, None, "does not compile: [x]"),
-    ]
-    found = doctor.Report(
-        versions={"speckv": "0.1.0", "gguf": None},
-        system={"os": "Linux", "cpu": "A [fast] one", "threads": 2, "features": {"avx2": True}},
-        cpu_operations="not used: no C compiler [cc] found",
-        devices=[{"type": "cpu", "name": "cpu"}],
-        kernels=checks,
-        model={"name": "m", "folder": "/c", "cached": True},
-        missing=[doctor.Missing("gguf", "not installed", "pip install 'gguf>=0.10'")],
-        cpu_works=False,
-    )
-    console = Console(file=io.StringIO(), width=100)
-    doctor.show(console, found)
-    shown = console.file.getvalue()  # type: ignore[attr-defined]
-    assert re.search(r"k +sm_90 +1 of 3 +90 +0 +64", shown)
-    assert "problem k b sm_90: more than 64 registers" in shown
-    assert "problem k c sm_90: does not compile: [x]" in shown
-    assert "A [fast] one, 2 threads" in shown
-    assert re.search(r"cpu operations +not used: no C compiler \[cc\] found", shown)
-    assert "pip install 'gguf>=0.10'" in shown
-    assert "the CPU path fails" in shown
-
-
-def test_doctor_tells_why_cpu_operations_are_not_used(tmp_path: Path) -> None:
-    program = "from speckv import doctor; print(doctor._cpu_operations())"
-    off = _python(program, SPECKV_NATIVE="0", SPECKV_CACHE=str(tmp_path))
-    assert off.stdout == "not used: SPECKV_NATIVE=0\n", off.stderr
-    without_torch = _python(f"import sys; sys.modules['torch'] = None; {program}")
-    assert without_torch.stdout.startswith("not used: import of torch"), without_torch.stderr
-
-
-@pytest.mark.aot
-def test_doctor_on_this_machine(tmp_path: Path) -> None:
-    """Also with ``TRITON_INTERPRET`` set, which would keep kernels from compiling here."""
-    program = "from speckv import cli; raise SystemExit(cli.run(['doctor', '--json']))"
-    done = _python(program, TRITON_INTERPRET="1", SPECKV_CACHE=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["versions"]["speckv"] == __version__
-    assert found["cpu_works"] is True
-    assert found["devices"][0]["type"] == "cpu"
-    assert set(found["system"]["features"]) == {"avx2", "avx512", "avx512_bf16", "amx"}
-    operations = found["cpu_operations"]
-    assert operations.startswith("not used: ") or Path(operations).is_relative_to(tmp_path)
-    assert {check["arch"] for check in found["kernels"]} == {"sm_80", "sm_90", "sm_100"}
-    assert [check for check in found["kernels"] if check["problem"] is not None] == []
-    assert found["model"]["cached"] is False
-    missing = {item["what"]: item for item in found["missing"]}
-    assert str(tmp_path) in missing["the default model, SmolLM2-135M-Instruct"]["why"]

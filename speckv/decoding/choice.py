@@ -28,6 +28,7 @@ LOOPS = ("auto", "device", "graphed", "eager")
 """What a user may ask for."""
 
 _LENGTH_MULTIPLE = 512
+_NO_GPU = "CUDA graphs need a GPU"
 
 
 class Loop(Protocol):
@@ -94,11 +95,18 @@ def choose_loop(
     elif wanted == "graphed":
         return Choice("graphed", "as asked for")
     else:
-        problem = _driver_problem(driver, target.device)
-        best = Choice("graphed", problem) if problem else Choice("device")
+        best = best_loop(target.device, driver)
     if wanted not in ("auto", best.kind):
         raise ValueError(f"loop: expected a pair and a device for {wanted!r}, got: {best.reason}")
     return best
+
+
+def best_loop(device: torch.device, driver: Callable[[], Driver] = Driver) -> Choice:
+    """The loop on a device, for a pair whose forwards can all be captured."""
+    if device.type != "cuda":
+        return Choice("eager", _NO_GPU)
+    problem = _driver_problem(driver, device)
+    return Choice("graphed", problem) if problem else Choice("device")
 
 
 def _not_capturable(
@@ -106,7 +114,7 @@ def _not_capturable(
 ) -> str | None:
     """Why a pair's forwards cannot stand in a CUDA graph."""
     if target.device.type != "cuda":
-        return "CUDA graphs need a GPU"
+        return _NO_GPU
     if lookup is not None:
         return "a lookup searches on the host"
     for model in (target, draft):

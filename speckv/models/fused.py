@@ -7,6 +7,7 @@ results is allocated once a shape has been met, and the host is never waited for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -87,9 +88,17 @@ def fused_product(
     eps: float = 0.0,
     swiglu: bool = False,
 ) -> Linear:
-    """A product of up to `ROWS_MAX` rows."""
+    """A product of up to `ROWS_MAX` rows.
+
+    Rows are multiplied by a norm before they are divided by their size. In fp16 that could exceed
+    what it holds, unless no element of the norm exceeds 1: it is divided by a power of two.
+    """
     from speckv.kernels import Linear  # needs triton
 
+    norm_scale = 1.0
+    if norm is not None and dtype == torch.float16:
+        norm_scale = max(2.0 ** math.frexp(float(norm.abs().max()))[1], 1.0)
+        norm = norm / norm_scale
     return Linear(
         parameters.weight,
         dtype=dtype,
@@ -97,6 +106,7 @@ def fused_product(
         swiglu=swiglu,
         norm=norm,
         eps=eps,
+        norm_scale=norm_scale,
         rows_max=ROWS_MAX,
     )
 

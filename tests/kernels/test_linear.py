@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from speckv import kernels
+from speckv.kernels import reference_linear
 from speckv.kernels.linear_config import Config, Scratch, _resident, _select_config, _shared_bytes
 from speckv.kernels.nf4_lookup import NF4_TABLE
 from speckv.kernels.packed import Int8Weight, NestedScales, Nf4Weight, Weight
@@ -112,6 +113,7 @@ class Case:
         residual: Tensor | None = None,
         swiglu: bool = False,
         norm: Tensor | None = None,
+        norm_scale: float = 1.0,
     ) -> Tensor:
         """The kernel's result, written between guards, from scratch full of NaN."""
         columns = self.value.shape[0] // (2 if swiglu else 1)
@@ -131,6 +133,7 @@ class Case:
             swiglu=swiglu,
             norm=norm,
             eps=EPS,
+            norm_scale=norm_scale,
             table=table,
         )
         assert not scratch.counters.any()
@@ -198,6 +201,21 @@ def test_normalised_rows(kind: str, swiglu: bool, splits: int, dtype: torch.dtyp
     for arguments in ({}, {"bias": case.random(1, 74)[0], "residual": residual}):
         found = case.launch(x, config_of(kind, splits), swiglu=swiglu, norm=norm, **arguments)
         assert_close(found, case.expected(x, swiglu=swiglu, norm=norm, **arguments), dtype)
+
+
+def test_a_norm_that_is_scaled_down_keeps_large_rows_finite() -> None:
+    """In fp16 the products of these rows with the norm as it is would not be."""
+    case = Case.make("dense", 74, 384, torch.float16, seed=4)
+    norm = 64 * case.random(1, 384)[0].clamp(-1, 1).contiguous()
+    x, config = 2.0**15 * case.random(3, 384).sign(), config_of("dense")
+    assert case.launch(x, config, norm=norm).isnan().any()
+    found = case.launch(x, config, norm=norm / 64, norm_scale=64.0)
+    expected = 64 * case.expected(x, norm=norm / 64).double()
+    assert_close(found, expected.half(), torch.float16)
+    twin = torch.empty_like(found)
+    scaled = {"norm": norm / 64, "norm_scale": 64.0, "eps": EPS}
+    reference_linear.linear(x, case.weight, out=twin, **scaled)
+    assert_close(twin, found, torch.float16)
 
 
 @pytest.mark.parametrize("depth", [7, 111, 257, 1031])

@@ -20,6 +20,7 @@ from speckv.models.config import DecoderConfig
 from speckv.models.fused import LAUNCHES_PER_LAYER, ROWS_MAX, Parameters
 from speckv.models.llama import LlamaDecoder
 from tests.models.conftest import VOCAB, seeded
+from tests.tolerances import assert_close
 
 SIZES = {
     **TINY,
@@ -223,6 +224,18 @@ def test_what_the_kernels_do_not_take(
     model = build("llama", compression, dtype, model=source)
     assert model._fused is None and not model.width_invariant
     assert logits_of(model, tokens).isfinite().all()
+
+
+def test_large_activations_stay_finite_in_fp16() -> None:
+    """As in transformers, which divides a row by its size before it is multiplied by the norm."""
+    weight = torch.eye(64, dtype=torch.float16)
+    norm, x = torch.full((64,), 24.0).half(), torch.full((2, 64), 6e4).half()
+    out = torch.empty_like(x)
+    for dtype in (torch.float16, torch.bfloat16):
+        parameters = Parameters(weight.to(dtype), None)
+        product = fused.fused_product(parameters, dtype, norm=norm.to(dtype), eps=1e-5)
+        product(x.to(dtype), out=out)
+        assert_close(out, torch.full_like(x, 24.0), dtype)
 
 
 class Interpreted:

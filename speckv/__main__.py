@@ -1,0 +1,5 @@
+"""``python -m speckv``: the command line."""
+
+from .cli import main
+
+main()
