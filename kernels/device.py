@@ -120,10 +120,19 @@ def _latest_match(sequence_ptr, length):
 
 
 @triton.jit
+def _load_columns(ptr):
+    """The columns of a matrix [16, 16] that are stored one after the other."""
+    o = tl.arange(0, 16)
+    columns = (tl.load(ptr + o),)
+    for i in tl.static_range(1, 16):
+        columns = columns + (tl.load(ptr + 16 * i + o),)
+    return columns
+
+
+@triton.jit
 def _load_policy(policy_ptr):
     """What `_decide` needs of a policy, to be asked for well before it is needed."""
     o = tl.arange(0, 16)
-    o_weight = o[:, None] * 16 + o[None, :]
     rule = (
         tl.load(policy_ptr + at.MODE).to(tl.int32),
         tl.load(policy_ptr + at.THRESHOLD),
@@ -138,9 +147,9 @@ def _load_policy(policy_ptr):
     )
     mlp = (
         tl.load(policy_ptr + at.MLP_LAYOUT),
-        tl.load(policy_ptr + at.HIDDEN_WEIGHT + o_weight),  # [HIDDEN, FEATURES]
+        _load_columns(policy_ptr + at.HIDDEN_WEIGHT),  # of each feature
         tl.load(policy_ptr + at.HIDDEN_BIAS + o),
-        tl.load(policy_ptr + at.OUTPUT_WEIGHT + o_weight),  # [k - 1, HIDDEN]
+        _load_columns(policy_ptr + at.OUTPUT_WEIGHT),  # of each hidden unit, for k - 1
         tl.load(policy_ptr + at.OUTPUT_BIAS + o),
         tl.load(policy_ptr + at.EXPECTED_ACCEPTANCE),
     )
@@ -155,9 +164,20 @@ def _load_policy(policy_ptr):
 
 
 @triton.jit
-def _at(b_x, i: tl.constexpr):
-    """Element ``i`` of a vector."""
-    return tl.sum(tl.where(tl.arange(0, 16) == i, b_x, 0.0), 0)
+def _everywhere(b_x, i: tl.constexpr):
+    """Element ``i`` of [16] in every place: a shuffle, where a sum would be four."""
+    return tl.gather(b_x, tl.full([16], i, tl.int32), 0)
+
+
+@triton.jit
+def _times(columns, b_x):
+    """A matrix [16, 16] times a vector; no warp waits for another, as it would for a reduction."""
+    even = columns[0] * _everywhere(b_x, 0)
+    odd = columns[1] * _everywhere(b_x, 1)
+    for i in tl.static_range(2, 16, 2):
+        even += columns[i] * _everywhere(b_x, i)
+        odd += columns[i + 1] * _everywhere(b_x, i + 1)
+    return even + odd
 
 
 @triton.jit
@@ -195,19 +215,20 @@ def _best_gamma(
     f = tl.where(o == at.FEATURE_TEMPERATURE, temperature, f)
     f = (f - feature_mean) * feature_scale
 
-    hidden = tl.sum(hidden_weight * f[None, :], 1) + hidden_bias
+    hidden = _times(hidden_weight, f) + hidden_bias
     gamma = o.to(tl.float32)
     if mlp_layout == at.LAYOUT_PAPER:
-        of_gamma = tl.where(o[None, :] == at.FEATURE_GAMMA, hidden_weight, 0.0)
-        step = gamma * _at(feature_scale, at.FEATURE_GAMMA)
-        by_gamma = hidden[None, :] + step[:, None] * tl.sum(of_gamma, 1)[None, :]  # [γ, HIDDEN]
-        of_rate = tl.sum(tl.where(o[:, None] == 0, output_weight, 0.0), 0)
-        share = tl.sum(tl.maximum(by_gamma, 0.0) * of_rate[None, :], 1) + _at(output_bias, 0)
+        step = gamma * _everywhere(feature_scale, at.FEATURE_GAMMA)
+        share = _everywhere(output_bias, 0)
+        for i in tl.static_range(16):
+            of_gamma = step * _everywhere(hidden_weight[at.FEATURE_GAMMA], i)
+            by_gamma = tl.maximum(_everywhere(hidden, i) + of_gamma, 0.0)
+            share += by_gamma * _everywhere(output_weight[i], 0)
         tokens = tl.minimum(tl.maximum(share, 0.0), 1.0) * gamma + 1.0
     else:
-        logit = tl.sum(output_weight * tl.maximum(hidden, 0.0)[None, :], 1) + output_bias
+        logit = _times(output_weight, tl.maximum(hidden, 0.0)) + output_bias
         survival = 1.0 / (1.0 + tl.exp(-logit))
-        tokens = 1.0 + tl.sum(tl.where(o[None, :] < o[:, None], survival[None, :], 0.0), 1)
+        tokens = 1.0 + (tl.cumsum(survival, 0) - survival)
     if expected > 0.0:
         tokens = 1.0 + (tokens - 1.0) * tl.minimum(acceptance / expected, 1.0)
     value = tokens

@@ -72,32 +72,68 @@ def _better_draw(score0, token0, logit0, score1, token1, logit1):
 
 
 @triton.jit
+def _rescaled(total, weighted, top, best):
+    """Sums that are relative to ``top``, relative to ``best``."""
+    shift = _exponent(top, best)
+    kept = tl.exp2(shift)
+    return kept * total, kept * (weighted + shift * total)
+
+
+@triton.jit
+def _joined(top0, second0, total0, weighted0, token0, top1, second1, total1, weighted1, token1):
+    """`_fold`'s values of two lanes."""
+    top, second, token = _better(top0, second0, token0, top1, second1, token1)
+    total0, weighted0 = _rescaled(total0, weighted0, top0, top)
+    total1, weighted1 = _rescaled(total1, weighted1, top1, top)
+    return top, second, total0 + total1, weighted0 + weighted1, token
+
+
+@triton.jit
 def _add(total0, weighted0, total1, weighted1):
     return total0 + total1, weighted0 + weighted1
 
 
 @triton.jit
-def _merge(top, second, total, weighted, token, EMULATED: tl.constexpr):
+def _merge_apart(top, second, total, weighted, token):
+    """`_joined` of all lanes, value by value: the interpreter would take them one at a time."""
+    best = tl.max(top, 0)
+    first = tl.min(tl.where(top == best, token, _NO_ID), 0)
+    second = tl.max(tl.where(token == first, second, top), 0)
+    total, weighted = _rescaled(total, weighted, top, best)
+    return best, second, tl.sum(total, 0), tl.sum(weighted, 0), first
+
+
+@triton.jit
+def _merge(
+    top,
+    second,
+    total,
+    weighted,
+    token,
+    WARPS: tl.constexpr,
+    RUN: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
     """Merge lanes, or partials, into one: `_fold`'s values of them all.
 
-    Values that are reduced together wait once where warps meet. The interpreter would combine them
-    one lane at a time, and is spared it.
+    Where each warp loads ``RUN`` neighbours at a time, it first merges what it has: sums are
+    rescaled once then, and warps wait for each other once. Elsewhere it is slower.
     """
     if EMULATED:
-        best = tl.max(top, 0)
-        first = tl.min(tl.where(top == best, token, _NO_ID), 0)
-        runner_up = tl.max(tl.where(token == first, second, top), 0)
+        top, second, total, weighted, token = _merge_apart(top, second, total, weighted, token)
     else:
-        best, runner_up, first = tl.reduce((top, second, token), 0, _better)
-    shift = _exponent(top, best)
-    kept = tl.exp2(shift)
-    weighted = kept * (weighted + shift * total)
-    total = kept * total
-    if EMULATED:
-        total, weighted = tl.sum(total, 0), tl.sum(weighted, 0)
-    else:
-        total, weighted = tl.reduce((total, weighted), 0, _add)
-    return best, runner_up, total, weighted, first
+        SHAPE: tl.constexpr = (top.shape[0] // (WARPS * RUN), WARPS, RUN)
+        tops = tl.reshape(top, SHAPE)
+        best = (tops, tl.reshape(second, SHAPE), tl.reshape(token, SHAPE))
+        top, second, token = tl.reduce(tl.reduce(best, 2, _better), 0, _better)
+        total, weighted = _rescaled(
+            tl.reshape(total, SHAPE), tl.reshape(weighted, SHAPE), tops, top[None, :, None]
+        )
+        total, weighted = tl.reduce(tl.reduce((total, weighted), 2, _add), 0, _add)
+        top, second, total, weighted, token = tl.reduce(
+            (top, second, total, weighted, token), 0, _joined
+        )
+    return top, second, total, weighted, token
 
 
 @triton.jit
@@ -110,6 +146,16 @@ def _merge_draws(score, token, logit, EMULATED: tl.constexpr):
     else:
         best, first, logit = tl.reduce((score, token, logit), 0, _better_draw)
     return best, first, logit
+
+
+@triton.jit
+def _log2(x, EMULATED: tl.constexpr):
+    """Of a number from 1 on, within 2^-22."""
+    if EMULATED:
+        return tl.log2(x)
+    return tl.inline_asm_elementwise(
+        "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -173,6 +219,7 @@ def _draft_step_kernel(
     SPLITS: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
+    WARPS: tl.constexpr,
     EMULATED: tl.constexpr,
 ):
     i_split = tl.program_id(0)
@@ -199,8 +246,9 @@ def _draft_step_kernel(
     min_confidence = tl.load(running_ptr + at.MIN_CONFIDENCE)
     acceptance = tl.load(running_ptr + at.ACCEPTANCE)
     match = tl.load(rows_ptr + at.MATCH)
-    policy = _load_policy(policy_ptr)
-    if SAMPLED:
+    if not SAMPLED:
+        policy = _load_policy(policy_ptr)
+    else:
         inv_temperature = tl.load(inv_temperature_ptr + i_row)
         seed = tl.load(seeds_ptr + i_row)
         request = tl.load(rows_ptr + at.REQUEST)
@@ -237,11 +285,17 @@ def _draft_step_kernel(
             logit = tl.where(y > score, x, logit)
             score = tl.maximum(score, y)
 
-    place = match + drafted
-    came = tl.load(sequence_ptr + place, mask=place < length, other=-1)
-    top, second, total, weighted, token = _merge(top, second, total, weighted, token, EMULATED)
+    BITS: tl.constexpr = logits_ptr.dtype.element_ty.primitive_bitwidth
+    RUN: tl.constexpr = min(32 * 128 // BITS, BLOCK // WARPS)
+    top, second, total, weighted, token = _merge(
+        top, second, total, weighted, token, WARPS, RUN, EMULATED
+    )
     if SAMPLED:
         score, drawn, logit = _merge_draws(score, drawn, logit, EMULATED)
+    if SAMPLED:
+        policy = _load_policy(policy_ptr)  # there was no room for it before
+    place = match + drafted
+    came = tl.load(sequence_ptr + place, mask=place < length, other=-1)
 
     if SPLITS > 1:
         partials_ptr += i_row * (8 * SPLITS)
@@ -260,6 +314,7 @@ def _draft_step_kernel(
         if arrived != SPLITS - 1:
             return
         tl.store(counters_ptr + i_row, 0)
+        RUN_MERGED: tl.constexpr = max(SPLITS_PADDED // WARPS, 1)
         o_split = tl.arange(0, SPLITS_PADDED)
         m_split = o_split < SPLITS
         p = partials_ptr + o_split
@@ -271,7 +326,7 @@ def _draft_step_kernel(
         b_weighted = tl.load(p + 3 * SPLITS, m_split, 0.0, cache_modifier=".cg")
         b_token = tl.load(p + 4 * SPLITS, m_split, _NO_ID, cache_modifier=".cg").to(tl.int32)
         top, second, total, weighted, token = _merge(
-            b_top, b_second, b_total, b_weighted, b_token, EMULATED
+            b_top, b_second, b_total, b_weighted, b_token, WARPS, RUN_MERGED, EMULATED
         )
         if SAMPLED:
             b_score = tl.load(p + 5 * SPLITS, m_split, low, cache_modifier=".cg")
@@ -299,7 +354,7 @@ def _draft_step_kernel(
         chosen = tl.load(id_map_ptr + chosen)
     match_length = tl.where(came == chosen, match_length, 0)
     confidence = 1.0 / total
-    entropy = tl.maximum(tl.log2(total) - weighted * confidence, 0.0)
+    entropy = tl.maximum(_log2(total, EMULATED) - weighted * confidence, 0.0)
     margin = confidence - tl.exp2(_exponent(second, top)) * confidence
     probability = tl.exp2(_exponent(token_logit, top)) * confidence
     if drafted > 0:

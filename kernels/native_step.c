@@ -232,6 +232,7 @@ static int best_gamma(const float *policy, const int32_t *rows, const float *run
 {
     float features[AT_FEATURES] = {0}, hidden[AT_HIDDEN], tokens[AT_WIDTH_MAX];
     const float *weight = policy + AT_HIDDEN_WEIGHT, *scale = policy + AT_FEATURE_SCALE;
+    const float *of_gamma = weight + AT_FEATURE_GAMMA * AT_HIDDEN;
     const float *output = policy + AT_OUTPUT_WEIGHT, *bias = policy + AT_OUTPUT_BIAS;
 
     memcpy(features, running, AT_FEATURE_DRAFTED * sizeof *features);
@@ -245,7 +246,7 @@ static int best_gamma(const float *policy, const int32_t *rows, const float *run
     for (int h = 0; h < AT_HIDDEN; h++) {
         float sum = 0;
         for (int i = 0; i < AT_FEATURES; i++)
-            sum += weight[h * AT_FEATURES + i] * features[i];
+            sum += weight[i * AT_HIDDEN + h] * features[i];
         hidden[h] = sum + policy[AT_HIDDEN_BIAS + h];
     }
     tokens[0] = 1;
@@ -253,15 +254,14 @@ static int best_gamma(const float *policy, const int32_t *rows, const float *run
         for (int g = 0; g < AT_WIDTH_MAX; g++) {
             float rate = 0, by_gamma = (float)g * scale[AT_FEATURES - 1];
             for (int h = 0; h < AT_HIDDEN; h++)
-                rate += fmaxf(hidden[h] + by_gamma * weight[h * AT_FEATURES + AT_FEATURES - 1], 0) *
-                        output[h];
+                rate += fmaxf(hidden[h] + by_gamma * of_gamma[h], 0) * output[h * AT_OUTPUTS];
             tokens[g] = fminf(fmaxf(rate + bias[0], 0), 1) * (float)g + 1;
         }
     else
         for (int g = 1; g < AT_WIDTH_MAX; g++) {
             float logit = 0;
             for (int h = 0; h < AT_HIDDEN; h++)
-                logit += output[(g - 1) * AT_HIDDEN + h] * fmaxf(hidden[h], 0);
+                logit += output[h * AT_OUTPUTS + g - 1] * fmaxf(hidden[h], 0);
             tokens[g] = tokens[g - 1] + (0.5f + 0.5f * tanhf(0.5f * (logit + bias[g - 1])));
         }
     float trust = 1, rate = 0;

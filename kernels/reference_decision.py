@@ -76,9 +76,9 @@ def best_gamma(policy: Tensor, rows: list[int], running: list[float]) -> int:
         return words[start : start + math.prod(shape)].reshape(shape)
 
     mean, scale = block(at.FEATURE_MEAN, at.FEATURES), block(at.FEATURE_SCALE, at.FEATURES)
-    weight = block(at.HIDDEN_WEIGHT, at.HIDDEN, at.FEATURES)
+    weight = block(at.HIDDEN_WEIGHT, at.FEATURES, at.HIDDEN).T
     hidden = weight @ ((features - mean) * scale) + block(at.HIDDEN_BIAS, at.HIDDEN)
-    output = block(at.OUTPUT_WEIGHT, at.OUTPUTS, at.HIDDEN)
+    output = block(at.OUTPUT_WEIGHT, at.HIDDEN, at.OUTPUTS).T
     if int(header[at.MLP_LAYOUT]) == at.LAYOUT_PAPER:
         by_gamma = hidden + np.multiply.outer(_GAMMAS * scale[-1], weight[:, -1])  # [16, HIDDEN]
         rate = np.maximum(by_gamma, 0.0) @ output[0] + words[at.OUTPUT_BIAS]

@@ -135,7 +135,7 @@ class Mlp:
         buffer[at.MLP_LAYOUT] = self.layout
         for name, offset in _OFFSETS.items():
             tensor = self.tensors[name]
-            buffer[offset : offset + tensor.numel()] = tensor.flatten()
+            buffer[offset : offset + tensor.numel()] = tensor.t().flatten()
 
     def save(self, path: Path) -> None:
         """Write the policy file; an interrupted save leaves the old file or none."""

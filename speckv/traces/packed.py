@@ -182,9 +182,9 @@ class _Values:
             block(at.FEATURE_MEAN, at.FEATURES),
             block(at.FEATURE_SCALE, at.FEATURES),
         )
-        self._weight = block(at.HIDDEN_WEIGHT, at.HIDDEN, at.FEATURES)
+        self._weight = block(at.HIDDEN_WEIGHT, at.FEATURES, at.HIDDEN).T.copy()
         self._bias = block(at.HIDDEN_BIAS, at.HIDDEN)
-        self._output = block(at.OUTPUT_WEIGHT, at.OUTPUTS, at.HIDDEN)
+        self._output = block(at.OUTPUT_WEIGHT, at.HIDDEN, at.OUTPUTS).T.copy()
         self._output_bias = block(at.OUTPUT_BIAS, at.OUTPUTS)
         self._cost, self._slope = (
             block(at.COST, at.WIDTH_MAX),

@@ -22,14 +22,24 @@ INF = math.inf
 
 
 @triton.jit
-def _merge_kernel(lanes_ptr, tokens_ptr, found_ptr, LANES: tl.constexpr, EMULATED: tl.constexpr):
+def _merge_kernel(
+    lanes_ptr,
+    tokens_ptr,
+    found_ptr,
+    LANES: tl.constexpr,
+    WARPS: tl.constexpr,
+    RUN: tl.constexpr,
+    EMULATED: tl.constexpr,
+):
     o = tl.arange(0, LANES)
     top = tl.load(lanes_ptr + o)
     second = tl.load(lanes_ptr + LANES + o)
     total = tl.load(lanes_ptr + 2 * LANES + o)
     weighted = tl.load(lanes_ptr + 3 * LANES + o)
     token = tl.load(tokens_ptr + o)
-    best, runner_up, total, weighted, first = _merge(top, second, total, weighted, token, EMULATED)
+    best, runner_up, total, weighted, first = _merge(
+        top, second, total, weighted, token, WARPS, RUN, EMULATED
+    )
     tl.store(found_ptr, best)
     tl.store(found_ptr + 1, runner_up)
     tl.store(found_ptr + 2, total)
@@ -41,9 +51,10 @@ def _merge_kernel(lanes_ptr, tokens_ptr, found_ptr, LANES: tl.constexpr, EMULATE
     tl.store(found_ptr + 7, logit)
 
 
-def merge(lanes: Tensor, tokens: Tensor, *, emulated: bool) -> Tensor:
+def merge(lanes: Tensor, tokens: Tensor, *, emulated: bool, warps: int = 2, run: int = 4) -> Tensor:
     found = torch.full((8,), -1.0)
-    _merge_kernel[(1,)](lanes, tokens, found, LANES=LANES, EMULATED=emulated)
+    cut = {"LANES": LANES, "WARPS": warps, "RUN": run}
+    _merge_kernel[(1,)](lanes, tokens, found, **cut, EMULATED=emulated)
     return found
 
 
@@ -57,11 +68,13 @@ def each_alone(logits: list[float]) -> Tensor:
 
 def assert_alike(lanes: Tensor, tokens: Tensor) -> Tensor:
     """What both make of the lanes: the sums to rounding, all else exactly."""
-    together, apart = (merge(lanes, tokens, emulated=emulated) for emulated in (False, True))
+    apart = merge(lanes, tokens, emulated=True)
     exact = [0, 1, 4, 5, 6, 7]
-    assert torch.equal(together[exact], apart[exact])
-    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
-    return together
+    for warps, run in ((2, 4), (4, 4), (4, 1)):  # a warp loads twice, once, and very little
+        together = merge(lanes, tokens, emulated=False, warps=warps, run=run)
+        assert torch.equal(together[exact], apart[exact])
+        torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+    return apart
 
 
 CASES = {

@@ -118,7 +118,7 @@ def test_paper_layout_reads_gamma_as_a_feature() -> None:
     policy = mlp(at.LAYOUT_PAPER, at.OBJECTIVE_TOKENS, 0)
     policy[at.HEADER_WORDS :] = 0.0
     policy[at.FEATURE_SCALE + at.FEATURE_GAMMA] = 1.0
-    policy[at.HIDDEN_WEIGHT + at.FEATURE_GAMMA] = 1.0  # hidden 0 is γ
+    policy[at.HIDDEN_WEIGHT + at.FEATURE_GAMMA * at.HIDDEN] = 1.0  # hidden 0 is γ
     policy[at.OUTPUT_WEIGHT] = -0.125
     policy[at.OUTPUT_BIAS] = 1.0
     # rate = 1 - γ/8: rate·γ is 1.5, 2, 1.5, 0 at γ = 2, 4, 6, 8.

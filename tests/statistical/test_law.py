@@ -89,7 +89,7 @@ def test_policy_listens_to_its_history(unit: int) -> None:
     """Without any one of its three inputs the policy takes other steps."""
     deaf = history_policy()
     weights = deaf[at.OUTPUT_WEIGHT : at.OUTPUT_WEIGHT + at.OUTPUTS * at.HIDDEN]
-    weights.view(at.OUTPUTS, at.HIDDEN)[:, unit] = 0.0
+    weights.view(at.HIDDEN, at.OUTPUTS)[unit] = 0.0
     hearing, without = (run(REJECTION, 1024, Operations(), p) for p in (None, deaf))
     differing = sum(a != b for a, b in zip(hearing.steps, without.steps, strict=True))
     assert differing > 0.04 * 1024

@@ -190,10 +190,10 @@ def decide(policy: Tensor, rows: Tensor, running: Tensor) -> Tensor:
         return policy[start : start + size]
 
     x = (features - words(at.FEATURE_MEAN, at.FEATURES)) * words(at.FEATURE_SCALE, at.FEATURES)
-    weight = words(at.HIDDEN_WEIGHT, at.HIDDEN * at.FEATURES).view(at.HIDDEN, at.FEATURES)
-    hidden = (x @ weight.T + words(at.HIDDEN_BIAS, at.HIDDEN)).relu()
-    weight = words(at.OUTPUT_WEIGHT, at.OUTPUTS * at.HIDDEN).view(at.OUTPUTS, at.HIDDEN)
-    survival = (hidden @ weight.T + words(at.OUTPUT_BIAS, at.OUTPUTS)).sigmoid()
+    weight = words(at.HIDDEN_WEIGHT, at.HIDDEN * at.FEATURES).view(at.FEATURES, at.HIDDEN)
+    hidden = (x @ weight + words(at.HIDDEN_BIAS, at.HIDDEN)).relu()
+    weight = words(at.OUTPUT_WEIGHT, at.OUTPUTS * at.HIDDEN).view(at.HIDDEN, at.OUTPUTS)
+    survival = (hidden @ weight + words(at.OUTPUT_BIAS, at.OUTPUTS)).sigmoid()
     survival = survival[:, : at.GAMMA_MAX]
     tokens = torch.cat([torch.ones(len(rows), 1), survival], 1).cumsum(1)
     cost = words(at.COST, at.WIDTH_MAX) + words(at.COST_PER_TOKEN, at.WIDTH_MAX) * length[:, None]
