@@ -292,7 +292,6 @@ def _draft_step_kernel(
     )
     if SAMPLED:
         score, drawn, logit = _merge_draws(score, drawn, logit, EMULATED)
-    if SAMPLED:
         policy = _load_policy(policy_ptr)  # there was no room for it before
     place = match + drafted
     came = tl.load(sequence_ptr + place, mask=place < length, other=-1)
@@ -314,7 +313,7 @@ def _draft_step_kernel(
         if arrived != SPLITS - 1:
             return
         tl.store(counters_ptr + i_row, 0)
-        RUN_MERGED: tl.constexpr = max(SPLITS_PADDED // WARPS, 1)
+        MERGING: tl.constexpr = min(WARPS, max(SPLITS_PADDED // 32, 1))  # warps with partials
         o_split = tl.arange(0, SPLITS_PADDED)
         m_split = o_split < SPLITS
         p = partials_ptr + o_split
@@ -326,7 +325,14 @@ def _draft_step_kernel(
         b_weighted = tl.load(p + 3 * SPLITS, m_split, 0.0, cache_modifier=".cg")
         b_token = tl.load(p + 4 * SPLITS, m_split, _NO_ID, cache_modifier=".cg").to(tl.int32)
         top, second, total, weighted, token = _merge(
-            b_top, b_second, b_total, b_weighted, b_token, WARPS, RUN_MERGED, EMULATED
+            b_top,
+            b_second,
+            b_total,
+            b_weighted,
+            b_token,
+            MERGING,
+            SPLITS_PADDED // MERGING,
+            EMULATED,
         )
         if SAMPLED:
             b_score = tl.load(p + 5 * SPLITS, m_split, low, cache_modifier=".cg")
