@@ -26,12 +26,6 @@ VOCABULARY_MAX = 262_144
 LOGITS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 COUPLINGS = ("gumbel", "rejection")
 PARTIAL_WORDS = 8
-_REGISTERS = {False: 128, True: 208}
-"""Of a thread, for greedy and for sampled rows.
-
-A greedy program would be given more than let four of them on a multiprocessor, and a sampled one
-either more than it needs or so few that it spills.
-"""
 
 
 @dataclass(frozen=True)
@@ -54,6 +48,17 @@ def _select_config(vocabulary: int, sm_count: int) -> Config:
     blocks = triton.cdiv(vocabulary, 256 * warps)
     splits = triton.cdiv(blocks, triton.cdiv(blocks, sm_count))
     return Config(block=256 * warps, splits=splits, num_warps=warps)
+
+
+def _registers(sampled: bool, aligned: bool) -> int:
+    """Most registers of a thread; the compiler would take more, or so few that it spills.
+
+    128 let four greedy programs of 128 threads on a multiprocessor, or two of 256, so that the rows
+    of a batch need not wait for each other.
+    """
+    if sampled:
+        return 208
+    return 128 if aligned else 168
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ def draft_step_out(
         EMULATED=EMULATED,
         num_warps=config.num_warps,
         num_stages=1,
-        maxnreg=_REGISTERS[sampled],
+        maxnreg=_registers(sampled, vocabulary % 16 == 0),
         enable_fp_fusion=FP_FUSION,
     )
 
@@ -368,7 +373,7 @@ def _variant(
         divisible=frozenset(signature) - {*unaligned},
         wide_loads=aligned,
         num_warps=config.num_warps,
-        maxnreg=_REGISTERS[sampled],
+        maxnreg=_registers(sampled, aligned),
     )
 
 
@@ -387,9 +392,14 @@ def _variants() -> tuple[Variant, ...]:
         for id_map in (False, True)
     ]
     for dtype in ("fp32", "fp16", "bf16"):
-        variants.append(
-            _variant(f"{dtype}-sampled-unaligned", dtype, config=usual, sampled=True, aligned=False)
-        )
+        largest = _select_config(VOCABULARY_MAX - 1, 132)
+        variants += [
+            _variant(
+                f"{dtype}-sampled-unaligned", dtype, config=usual, sampled=True, aligned=False
+            ),
+            _variant(f"{dtype}-greedy-unaligned", dtype, config=usual, aligned=False),
+            _variant(f"{dtype}-greedy-unaligned-large", dtype, config=largest, aligned=False),
+        ]
         variants.append(
             _variant(
                 f"{dtype}-rejection-cutoffs",
@@ -414,7 +424,7 @@ SPECS = (
         name="draft_step",
         kernel=_draft_step_kernel,
         variants=_variants(),
-        max_registers=max(_REGISTERS.values()),
+        max_registers=_registers(sampled=True, aligned=True),
         max_shared_bytes=8192,
     ),
 )

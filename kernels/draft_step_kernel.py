@@ -150,7 +150,7 @@ def _merge_draws(score, token, logit, EMULATED: tl.constexpr):
 
 @triton.jit
 def _log2(x, EMULATED: tl.constexpr):
-    """Of a number from 1 on, within 2^-22."""
+    """Of a number from 1 on, within 2^-22, or within that share of a result above 1."""
     if EMULATED:
         return tl.log2(x)
     return tl.inline_asm_elementwise(
@@ -229,9 +229,9 @@ def _draft_step_kernel(
     sequence_ptr += i_row * stride_sequence_b
     logits_ptr += i_row * stride_logits_b
 
-    # Everything is asked for at once: to wait for each is as long as a merge. All threads load each
-    # of these words, and one stores it: none may still be about to load when the row's last program
-    # stores. That one follows every arrival, or the barrier in its place.
+    # As much as there is room for is asked for at once: to wait for each is as long as a merge. All
+    # threads load each of these words, and one stores it: none may still be about to load when the
+    # row's last program stores. That one follows every arrival, or the barrier in its place.
     x = _load_block(logits_ptr, i_split, vocabulary, BLOCK)
     idle = (tl.load(rows_ptr + at.DONE) != 0) | (tl.load(rows_ptr + at.STOP) != 0)
     length = tl.load(rows_ptr + at.LENGTH)

@@ -176,13 +176,15 @@ def expand(
     return out
 
 
-def _variant(name: str, dtype: str, *, int8: bool = False, nested: bool = False) -> Variant:
-    """What `expand_out` would launch for a weight of 3,072 x 2,048."""
+def _variant(
+    name: str, dtype: str, *, int8: bool = False, nested: bool = False, odd: bool = False
+) -> Variant:
+    """What `expand_out` would launch for a weight of 3,072 x 2,048, or of an odd size."""
     if int8:
         signature = {"codes_ptr": "*i8", "scale_ptr": "*fp32", "out_ptr": f"*{dtype}"}
         signature |= {"columns": "i32"}
         constexprs: dict[str, object] = {"BLOCK": _COLUMNS, "EMULATED": False}
-        divisible = frozenset(signature)
+        divisible = frozenset(signature) - ({"columns"} if odd else set())
         return Variant(name, signature, constexprs, divisible, num_warps=_NUM_WARPS)
     scales = {"nested_code_ptr": "*fp32", "nested_absmax_ptr": "*fp32", "offset_ptr": "*fp32"}
     signature = {
@@ -197,20 +199,25 @@ def _variant(name: str, dtype: str, *, int8: bool = False, nested: bool = False)
     constexprs = {
         **({} if nested else dict.fromkeys(scales)),
         "NESTED": nested,
-        "EVEN": True,
+        "EVEN": not odd,
         "BLOCKS": _BLOCKS,
         "EMULATED": False,
     }
-    return Variant(name, signature, constexprs, frozenset(signature), num_warps=_NUM_WARPS)
+    divisible = frozenset(signature) - ({"blocks", "total"} if odd else set())
+    return Variant(name, signature, constexprs, divisible, num_warps=_NUM_WARPS)
 
 
 SPECS = (
     KernelSpec(
         name="expand_int8",
         kernel=_expand_int8_kernel,
-        variants=(_variant("bf16", "bf16", int8=True), _variant("fp32", "fp32", int8=True)),
+        variants=(
+            _variant("bf16", "bf16", int8=True),
+            _variant("fp32", "fp32", int8=True),
+            _variant("fp16-odd", "fp16", int8=True, odd=True),
+        ),
         max_registers=64,
-        max_shared_bytes=8192,
+        max_shared_bytes=16_384,
     ),
     KernelSpec(
         name="expand_nf4",
@@ -219,8 +226,9 @@ SPECS = (
             _variant("bf16", "bf16"),
             _variant("fp16-nested", "fp16", nested=True),
             _variant("fp32", "fp32"),
+            _variant("fp32-odd", "fp32", odd=True),
         ),
-        max_registers=80,
-        max_shared_bytes=8192,
+        max_registers=96,
+        max_shared_bytes=16_384,
     ),
 )

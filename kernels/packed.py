@@ -26,8 +26,10 @@ class Int8Weight:
         return self.codes.shape[0], self.codes.shape[1]
 
     def expand(self, dtype: torch.dtype) -> Tensor:
-        """The weight [N, K] in ``dtype``: ``codes * scale / 127``, computed in fp32."""
-        return self.codes.float().mul_((self.scale / 127.0)[:, None]).to(dtype)
+        """The weight [N, K] in ``dtype``: ``codes * (scale / 127)``, computed in fp32."""
+        # By a tensor: on CUDA torch multiplies by the reciprocal of a number.
+        scale = self.scale / torch.full_like(self.scale, 127.0)
+        return self.codes.float().mul_(scale[:, None]).to(dtype)
 
 
 @dataclass(frozen=True)

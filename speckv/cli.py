@@ -327,8 +327,9 @@ def doctor(
 ) -> None:
     """Check this machine.
 
-    Shows versions, devices, which kernels compile, and what is missing and how to get it. Exits
-    with 0 if generation on the CPU can work.
+    Shows versions, devices and which loop decodes there (on a GPU a small graph is run), which
+    kernels compile, and what is missing and how to get it. Exits with 0 if generation on the CPU
+    can work.
     """
     from . import doctor as checks
     from ._cli_output import stderr_console, stdout_to_stderr

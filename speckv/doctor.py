@@ -335,7 +335,7 @@ def _cpu_operations() -> str:
 
 def _devices(versions: dict[str, str | None]) -> list[dict[str, Any]]:
     if versions["torch"] is None:
-        return [{"type": "cpu", "name": "cpu", "loop": "none"}]
+        return [{"type": "cpu", "name": "cpu", "loop": "no loop (torch is missing)"}]
     import torch
 
     devices = [{"type": "cpu", "name": "cpu", "loop": _loop("cpu")}]

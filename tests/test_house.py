@@ -210,7 +210,7 @@ def test_the_readme_names_real_commands() -> None:
         assert named and named <= targets, f"{page}: {named - targets}"
 
 
-def test_the_readme_example_is_validpython() -> None:
+def test_the_readme_example_is_valid_python() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     compile(example, "README.md", "exec")

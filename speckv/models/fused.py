@@ -91,7 +91,7 @@ def fused_product(
     """A product of up to `ROWS_MAX` rows.
 
     Rows are multiplied by a norm before they are divided by their size. In fp16 that could exceed
-    what it holds, unless no element of the norm exceeds 1: it is divided by a power of two.
+    what it holds, unless the norm is below 1: it is divided by a power of two.
     """
     from speckv.kernels import Linear  # needs triton
 

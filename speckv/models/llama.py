@@ -33,8 +33,8 @@ class LlamaDecoder:
     the host when ``start``, ``slots`` and ``select`` are tensors there. In fp16 and bf16 blocks of
     up to 136 positions run in six kernels a layer (:mod:`speckv.models.fused`), whose bits do not
     depend on the other rows either; as many whole sequences as have 136 rows at a time. Longer
-    blocks, as in prefill, and what `fused.can_fuse` refuses, run in PyTorch's operations, whose
-    bits do depend on them (`width_invariant`).
+    blocks, as in prefill, and what `fused.can_fuse` refuses, run in PyTorch's operations, for which
+    packed weights are expanded, and whose bits do depend on the other rows (`width_invariant`).
 
     Parameters
     ----------
@@ -266,7 +266,7 @@ class LlamaDecoder:
             return self._counts[-1]
         group = self.config.heads // self.config.kv_heads
         fewest, most = _CHUNK
-        return min(max(_MASK_ELEMENTS // (group * context), fewest), most)
+        return min(max(_MASK_ELEMENTS // (group * context) // 128 * 128, fewest), most)
 
     def _block(self, start: int, end: int) -> Sequence[int] | Tensor:
         """``start`` of a forward of one sequence; on CUDA made there: sending it is a wait."""

@@ -9,8 +9,8 @@ blocks are compressed; embeddings, norms and the head stay in the activation typ
 transformers.
 
 On the CPU a compressed weight is expanded once, at load, and runs dense: the numerics are those of
-the compressed model, the memory is not saved. On CUDA it stays packed: kernels read
-it so for few rows, and for many it is expanded per call.
+the compressed model, the memory is not saved. On CUDA it stays packed: in fp16 and bf16 kernels
+multiply few rows by it as it is, and what else there is expands it at every call.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -88,6 +88,20 @@ class DecoderWeights:
     fused_head: Linear | None = None
 
 
+def _expand_plainly(weight: Int8Weight | Nf4Weight, dtype: torch.dtype) -> Tensor:
+    return weight.expand(dtype)
+
+
+@cache
+def _expand() -> Callable[[Int8Weight | Nf4Weight, torch.dtype], Tensor]:
+    """The kernel that expands, or where there is no triton PyTorch's operations."""
+    try:
+        from speckv.kernels import expand
+    except ImportError:
+        return _expand_plainly
+    return expand
+
+
 @dataclass(frozen=True)
 class _Expanding:
     """A packed weight, written out whole at every call."""
@@ -96,12 +110,8 @@ class _Expanding:
     bias: Tensor | None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if x.device.type == "cpu":
-            weight = self.weight.expand(x.dtype)
-        else:
-            from speckv.kernels import expand  # needs triton
-
-            weight = expand(self.weight, x.dtype)
+        expand = _expand_plainly if x.device.type == "cpu" else _expand()
+        weight = expand(self.weight, x.dtype)
         if residual is None:
             return functional.linear(x, weight, self.bias)
         return functional.linear_add(x, residual, weight, self.bias)
@@ -343,7 +353,7 @@ def build_weights(
         Where the model runs.
     invariant : bool, optional
         Whether the operations are the width-invariant ones of the CPU; by default they are on the
-        CPU. Otherwise they are plain torch, and packed weights stay packed.
+        CPU. Otherwise they are plain torch, and packed weights stay packed until they are used.
     embedding : Tensor [ids, hidden], optional
         Another model's embedding to share, of type ``dtype``; ``source`` then needs none.
     stored : bool
