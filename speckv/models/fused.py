@@ -33,6 +33,7 @@ __all__ = [
     "can_launch_early",
     "fused_product",
     "row_slices",
+    "scaled_norm",
 ]
 
 LAUNCHES_PER_LAYER = 6
@@ -80,6 +81,18 @@ def can_fuse(config: DecoderConfig, weights: Sequence[Weight], dtype: torch.dtyp
     )
 
 
+def scaled_norm(norm: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """A norm for products in ``dtype``, and what their rows are then multiplied by.
+
+    Rows are multiplied by a norm before they are divided by their size. In fp16 that could exceed
+    what it holds, unless the norm is below 1: it is divided by a power of two.
+    """
+    if dtype != torch.float16:
+        return norm, 1.0
+    scale = max(2.0 ** math.frexp(float(norm.abs().max()))[1], 1.0)
+    return norm / scale, scale
+
+
 def fused_product(
     parameters: Parameters,
     dtype: torch.dtype,
@@ -88,17 +101,12 @@ def fused_product(
     eps: float = 0.0,
     swiglu: bool = False,
 ) -> Linear:
-    """A product of up to `ROWS_MAX` rows.
-
-    Rows are multiplied by a norm before they are divided by their size. In fp16 that could exceed
-    what it holds, unless the norm is below 1: it is divided by a power of two.
-    """
+    """A product of up to `ROWS_MAX` rows."""
     from speckv.kernels import Linear  # needs triton
 
     norm_scale = 1.0
-    if norm is not None and dtype == torch.float16:
-        norm_scale = max(2.0 ** math.frexp(float(norm.abs().max()))[1], 1.0)
-        norm = norm / norm_scale
+    if norm is not None:
+        norm, norm_scale = scaled_norm(norm, dtype)
     return Linear(
         parameters.weight,
         dtype=dtype,

@@ -265,6 +265,9 @@ class Interpreted:
         self._config = Config(block_n=32, block_k=64, splits=min(2, -(-depth // 64)))
         self._scratch = Scratch.allocate(ROWS_MAX, columns, self._config, "cpu", swiglu=swiglu)
         table = weight.table.to(dtype) if isinstance(weight, Nf4Weight) else None
+        scale = 1.0
+        if norm is not None:
+            norm, scale = fused.scaled_norm(norm, dtype)
         self._launch = partial(
             LINEAR.linear_out,
             weight=weight,
@@ -274,6 +277,7 @@ class Interpreted:
             swiglu=swiglu,
             norm=norm,
             eps=eps,
+            norm_scale=scale,
             table=table,
         )
 
