@@ -378,7 +378,7 @@ def _variant(
 
 
 def _variants() -> tuple[Variant, ...]:
-    usual = _select_config(128_256, 132)
+    usual, odd = (_select_config(n, 132) for n in (128_256, VOCABULARY_MAX - 1))
     variants = [
         _variant(
             f"{dtype}-{'sampled' if sampled else 'greedy'}{'-map' if id_map else ''}",
@@ -392,15 +392,12 @@ def _variants() -> tuple[Variant, ...]:
         for id_map in (False, True)
     ]
     for dtype in ("fp32", "fp16", "bf16"):
-        largest = _select_config(VOCABULARY_MAX - 1, 132)
         variants += [
             _variant(
                 f"{dtype}-sampled-unaligned", dtype, config=usual, sampled=True, aligned=False
             ),
             _variant(f"{dtype}-greedy-unaligned", dtype, config=usual, aligned=False),
-            _variant(f"{dtype}-greedy-unaligned-large", dtype, config=largest, aligned=False),
-        ]
-        variants.append(
+            _variant(f"{dtype}-greedy-unaligned-large", dtype, config=odd, aligned=False),
             _variant(
                 f"{dtype}-rejection-cutoffs",
                 dtype,
@@ -408,8 +405,8 @@ def _variants() -> tuple[Variant, ...]:
                 sampled=True,
                 cutoffs=True,
                 rejection=True,
-            )
-        )
+            ),
+        ]
         for vocabulary in (512, VOCABULARY_MAX):
             config = _select_config(vocabulary, 132)
             variants += [

@@ -334,11 +334,10 @@ def _cpu_operations() -> str:
 
 
 def _devices(versions: dict[str, str | None]) -> list[dict[str, Any]]:
+    devices: list[dict[str, Any]] = [{"type": "cpu", "name": "cpu", "loop": _loop("cpu")}]
     if versions["torch"] is None:
-        return [{"type": "cpu", "name": "cpu", "loop": "no loop (torch is missing)"}]
+        return devices
     import torch
-
-    devices = [{"type": "cpu", "name": "cpu", "loop": _loop("cpu")}]
 
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,9 +26,7 @@ from speckv._cli_output import (
 from speckv.decoding import trained
 from speckv.decoding.trained import warn_untrained
 from speckv.errors import UntrainedPolicyWarning
-from tests.children import python
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.children import ROOT, python
 
 
 def test_histogram_fills_gaps_and_never_hides_a_step() -> None:

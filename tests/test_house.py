@@ -17,9 +17,8 @@ import pytest
 from speckv._version import __version__
 from speckv.errors import ModelError, NumericsError, PolicyError, SpeckvError
 from tests import report
-from tests.children import python
+from tests.children import ROOT, python
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*(ROOT / "speckv").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 MODULES = sorted([*SOURCES, *(ROOT / "bench").rglob("*.py"), *(ROOT / "tests").rglob("*.py")])
 KERNELS = [path for path in SOURCES if (ROOT / "kernels") in path.parents]

@@ -88,18 +88,24 @@ class DecoderWeights:
     fused_head: Linear | None = None
 
 
-def _expand_plainly(weight: Int8Weight | Nf4Weight, dtype: torch.dtype) -> Tensor:
-    return weight.expand(dtype)
-
-
 @cache
-def _expand() -> Callable[[Int8Weight | Nf4Weight, torch.dtype], Tensor]:
-    """The kernel that expands, or where there is no triton PyTorch's operations."""
+def _expand_out() -> Callable[..., None] | None:
+    """What launches the kernel that expands; None where there is no triton."""
     try:
-        from speckv.kernels import expand
+        from speckv.kernels.expand import expand_out
     except ImportError:
-        return _expand_plainly
-    return expand
+        return None
+    return expand_out
+
+
+def _expanded(weight: Int8Weight | Nf4Weight, dtype: torch.dtype) -> Tensor:
+    device = weight.codes.device
+    launch = None if device.type == "cpu" else _expand_out()
+    if launch is None:
+        return weight.expand(dtype)
+    out = torch.empty(weight.shape, dtype=dtype, device=device)
+    launch(weight, out=out)
+    return out
 
 
 @dataclass(frozen=True)
@@ -110,8 +116,7 @@ class _Expanding:
     bias: Tensor | None
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        expand = _expand_plainly if x.device.type == "cpu" else _expand()
-        weight = expand(self.weight, x.dtype)
+        weight = _expanded(self.weight, x.dtype)
         if residual is None:
             return functional.linear(x, weight, self.bias)
         return functional.linear_add(x, residual, weight, self.bias)
